@@ -1,0 +1,589 @@
+"""The data sets: lists of images and labels, label noise, label files, decoding and its cache.
+
+Imported by common.py alone, which hands everything on to the scripts. Letters in shapes: N samples, C channels, H and W
+pixels.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+import toyfaces
+
+
+class UserError(ValueError):
+    """Bad input. Scripts print it as one line and exit with status 2."""
+
+
+def seed_of(*key) -> int:
+    """A seed in [0, 2^63) that is a function of `key` alone (any values with a stable repr)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator_of(*key) -> torch.Generator:
+    """A CPU generator seeded by `key`."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def write_atomically(path, write) -> None:
+    """Call write(temporary path), then rename it to `path`: a killed process never leaves half a file there."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets: lists of images
+# ----------------------------------------------------------------------------------------------------------------------
+
+CANONICAL = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral", "contempt")
+SYNONYMS = {
+    "surprised": "surprise", "fearful": "fear", "afraid": "fear", "disgusted": "disgust", "happy": "happiness", "joy": "happiness",
+    "sad": "sadness", "angry": "anger", "neutrality": "neutral", "contemptuous": "contempt",
+}
+RAF_CLASSES = CANONICAL[:7]  # labels 1..7 in its files
+FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
+AFFECTNET_CLASSES = ("neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+ORIGIN = {
+    "raf": "RAF-DB comes from its authors, www.whdeng.cn/RAF/model1.html",
+    "ferplus": "the images come from FER2013 (Kaggle), the votes from github.com/microsoft/FERPlus",
+    "folder": "a folder has root/train/<class>/* and root/test/<class>/*, or root/<class>/*",
+}
+
+
+@dataclass
+class Split:
+    """One split of a data set, decoded."""
+
+    images: Tensor  # uint8 (N, C, H, W), C = 1 or 3, decoded once, kept in memory (memory-mapped when large)
+    labels: Tensor  # int64 (N,), the labels to train on: noisy if noise was injected
+    clean: Tensor | None  # int64 (N,), the data set's own labels, when others are trained on; for reporting only
+    va: Tensor | None  # float32 (N, 2), valence and arousal in [-1, 1]
+    names: list[str]  # file names, as the data set's own label file spells them; paths relative to the root for folders
+    classes: tuple[str, ...]  # canonical lower-case names, in the data set's own order
+
+
+@dataclass
+class Index:
+    """A split before decoding: what there is, and where. A source is a path, (path, text of pixels) or (toy) a number."""
+
+    names: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
+    sources: list = field(default_factory=list)
+    va: np.ndarray | None = None  # float32 (N, 2)
+
+    def take(self, rows) -> "Index":
+        names, labels, sources = ([column[i] for i in rows] for column in (self.names, self.labels, self.sources))
+        return Index(names, labels, self.classes, sources, None if self.va is None else self.va[rows])
+
+
+def canonical(name: str) -> str:
+    """The canonical name of an expression ("Happy" -> "happiness"); other names in lower case."""
+    return SYNONYMS.get(name.strip().lower(), name.strip().lower())
+
+
+def not_found(data: str, root, missing) -> UserError:
+    return UserError(f"--data {data}: looked in {root}, where {missing} is missing; {ORIGIN[data]}; --data toy needs no files")
+
+
+def label_base(values, num_classes: int, where) -> int:
+    """Whether integer labels count from 0 or from 1: found from the smallest and the largest, never guessed."""
+    low, high = min(values), max(values)
+    if low == 0 and high <= num_classes - 1:
+        return 0
+    if low >= 1 and high == num_classes:
+        return 1
+    if low < 0 or high > num_classes or (low == 0 and high == num_classes):
+        raise UserError(f"{where}: labels from {low} to {high} are outside the {num_classes} classes")
+    raise UserError(f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; write class names instead")
+
+
+def read_rows(path, what="'name label'") -> list[tuple[int, str, str]]:
+    """(line number, name, label) of each line of a list: two fields, divided by a comma, a tab or the last blank."""
+    rows = []
+    for line_number, line in enumerate(read_text(path).splitlines(), 1):
+        line = line.strip()
+        if not line:
+            continue
+        fields = next(csv.reader([line])) if "," in line else line.rsplit(None, 1)
+        if len(fields) != 2 or not fields[0].strip() or not fields[1].strip():
+            raise UserError(f"{path}, line {line_number}: {line!r} is not {what}")
+        rows.append((line_number, fields[0].strip(), fields[1].strip()))
+    return rows
+
+
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file") from None
+
+
+def as_int(text: str, path, line_number: int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{path}, line {line_number}: {text!r} is not a whole number") from None
+
+
+def numbered_labels(rows, path, num_classes: int) -> list[int]:
+    """0-based labels of the rows of `read_rows`; refuses a line outside 0..num_classes and a list whose base is unclear."""
+    values = []
+    for line_number, _, text in rows:
+        values.append(as_int(text, path, line_number))
+        if not 0 <= values[-1] <= num_classes:
+            raise UserError(f"{path}, line {line_number}: label {text} is outside the {num_classes} classes")
+    base = label_base(values, num_classes, path)
+    return [value - base for value in values]
+
+
+def read_raf(root: Path, split: str) -> Index:
+    """RAF-DB basic: the official layout (also with one list per split), or the Kaggle one. See docs/data.md."""
+    if root.name != "basic" and (root / "basic").is_dir():
+        root = root / "basic"
+    folder = root / "EmoLabel" if (root / "EmoLabel").is_dir() else root
+    lists = [folder / n for n in ("list_patition_label.txt", "list_partition_label.txt", f"{split}_label.txt") if (folder / n).is_file()]
+    kaggle = root / "DATASET" if (root / "DATASET").is_dir() else root
+    if lists:
+        rows = read_rows(lists[0])
+        labels = numbered_labels(rows, lists[0], 7) if rows else []
+        aligned = root / "Image" / "aligned"
+        if not aligned.is_dir():
+            raise not_found("raf", root, "Image/aligned")
+        kept = [(name, label) for (_, name, _), label in zip(rows, labels) if Path(name).name.startswith(split)]
+        sources = []
+        for name, _ in kept:
+            path = aligned / (Path(name).stem.removesuffix("_aligned") + "_aligned" + Path(name).suffix)
+            sources.append(path if path.is_file() or not (aligned / name).is_file() else aligned / name)
+        index = Index([n for n, _ in kept], [l for _, l in kept], RAF_CLASSES, sources)
+    elif (kaggle / split).is_dir():
+        table = next((p for p in (root / f"{split}_labels.csv", kaggle.parent / f"{split}_labels.csv") if p.is_file()), None)
+        if table:
+            rows = read_rows(table, "'image,label'")
+            rows = rows[1:] if rows and rows[0][1:] == ("image", "label") else rows
+            labels = numbered_labels(rows, table, 7) if rows else []
+            index = Index([n for _, n, _ in rows], labels, RAF_CLASSES, [kaggle / split / str(l + 1) / n for (_, n, _), l in zip(rows, labels)])
+        else:
+            paths = [p for p in sorted((kaggle / split).glob("*/*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            numbers = [as_int(p.parent.name, p.parent, 1) for p in paths]
+            base = label_base(numbers, 7, kaggle / split) if paths else 1
+            index = Index([p.name for p in paths], [n - base for n in numbers], RAF_CLASSES, paths)
+    else:
+        raise not_found("raf", root, "EmoLabel/list_patition_label.txt (official layout) and DATASET/train (Kaggle layout)")
+    if not index.names:
+        raise UserError(f"--data raf: {root} has no {split} images")
+    return index
+
+
+def majority(votes: np.ndarray) -> np.ndarray:
+    """FERPlus majority rule: votes (N, 10) -> class 0..7 of each image, or -1 where it is dropped.
+
+    Counts of one are dropped; the winner needs more than half of what remains, unknown and not-a-face counted in;
+    images won by unknown or not-a-face are dropped. (The rule of its authors' code; E. Barsoum et al., ICMI 2016.)
+    """
+    votes = np.where(votes == 1, 0, votes)
+    winner = votes.argmax(1)
+    wins = (votes.max(1) * 2 > votes.sum(1)) & (winner < 8)
+    return np.where(wins, winner, -1)
+
+
+def read_ferplus(root: Path, split: str) -> Index:
+    """FERPlus: folders FER2013{Train,Valid,Test} with label.csv, or fer2013.csv with fer2013new.csv."""
+    folder = root / {"train": "FER2013Train", "valid": "FER2013Valid", "test": "FER2013Test"}[split]
+    if folder.is_dir():
+        table = folder / "label.csv"
+        if not table.is_file():
+            raise not_found("ferplus", root, f"{folder.name}/label.csv")
+        rows = [(n, row[0], row[2:]) for n, row in csv_rows(table, 12)]
+        sources = [folder / name for _, name, _ in rows]
+    elif (root / "fer2013.csv").is_file() and (root / "fer2013new.csv").is_file():
+        table, usage = root / "fer2013new.csv", {"train": "Training", "valid": "PublicTest", "test": "PrivateTest"}[split]
+        pixels = csv_rows(root / "fer2013.csv", 3)
+        rows, sources = [], []
+        votes = csv_rows(table, 12)
+        if len(pixels) != len(votes):
+            raise UserError(f"{table} has {len(votes)} lines and fer2013.csv has {len(pixels)}: they must be in step")
+        for (n, row), (pixel_line, pixel_row) in zip(votes[1:], pixels[1:]):
+            if pixel_row[2].strip() != row[0].strip():
+                raise UserError(f"{table}, line {n}: usage {row[0]!r} but {pixel_row[2]!r} in fer2013.csv, line {pixel_line}")
+            if row[0] == usage and row[1]:  # lines without an image name have no votes
+                rows.append((n, row[1], row[2:]))
+                sources.append((f"{root / 'fer2013.csv'}, line {pixel_line}", pixel_row[1]))
+    else:
+        raise not_found("ferplus", root, f"{folder.name}/label.csv (or fer2013.csv with fer2013new.csv)")
+    counts = np.array([[as_int(v, table, n) for v in row] for n, _, row in rows]).reshape(-1, 10)
+    labels = majority(counts)
+    kept = np.flatnonzero(labels >= 0).tolist()
+    print(f"FERPlus {split}: {len(kept):,} of {len(rows):,} images have a majority in {table.name}")
+    return Index([rows[i][1] for i in kept], labels[kept].tolist(), FERPLUS_CLASSES, [sources[i] for i in kept])
+
+
+def csv_rows(path, columns: int) -> list[tuple[int, list[str]]]:
+    """(line number, fields) of each line of a csv file; refuses a line without exactly `columns` fields."""
+    rows = []
+    reader = csv.reader(read_text(path).splitlines())
+    for row in reader:
+        if row and len(row) != columns:
+            raise UserError(f"{path}, line {reader.line_num}: {len(row)} fields, expected {columns}")
+        if row:
+            rows.append((reader.line_num, row))
+    return rows
+
+
+def read_folder(root: Path, split: str) -> Index:
+    """root/{train,test}/<class>/*, or root/<class>/* with a fixed fifth of each class, by a hash of the name, as test set."""
+    if not root.is_dir():
+        raise not_found("folder", root, "the folder itself")
+    split_folders = (root / "train").is_dir() and (root / "test").is_dir()
+    top = root / "train" if split_folders else root
+    found = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = tuple(canonical(name) for name in found)
+    if len(set(classes)) < 2:
+        raise UserError(f"--data folder: {top} has {len(set(classes))} class folders, at least two are needed; {ORIGIN['folder']}")
+    if len(set(classes)) < len(classes):
+        raise UserError(f"--data folder: {top} has two folders of one class among {', '.join(found)}")
+    if split_folders:
+        top = root / split
+        for path in sorted(top.iterdir()):
+            if path.is_dir() and not path.name.startswith(".") and canonical(path.name) not in classes:
+                raise UserError(f"--data folder: {path} is not among the classes of {root / 'train'}: {', '.join(found)}")
+    index = Index([], [], classes)
+    for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        names = [p.relative_to(root).as_posix() for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+        if not split_folders:
+            tests = set(sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())[: round(len(names) / 5)])
+            names = [n for n in names if (n in tests) == (split == "test")]
+        index.names += names
+        index.labels += [classes.index(canonical(folder.name))] * len(names)
+    index.sources = [root / name for name in index.names]
+    if not index.names:
+        raise UserError(f"--data folder: {top} has no {split} images ({', '.join(IMAGE_SUFFIXES)})")
+    return index
+
+
+def read_toy(difficulty: float, split: str) -> Index:
+    """The faces that toyfaces.py draws; the source of a face is its number."""
+    numbers = range(toyfaces.SPLITS[split])
+    labels, va, *_ = zip(*(toyfaces.expression(split, i, difficulty=difficulty) for i in numbers))
+    return Index([f"{split}_{i:05d}.png" for i in numbers], list(labels), toyfaces.CLASSES, list(numbers), np.stack(va))
+
+
+def read_index(args, split: str) -> Index:
+    """The list of split "train", or of the one that is evaluated ("test", "valid"), with --classes applied, before --limit."""
+    root = Path(args.root)
+    if args.data == "toy":
+        index = read_toy(args.difficulty, split)
+    elif args.data == "ferplus":
+        index = read_ferplus(root, split)
+    else:  # no validation split of its own: a fixed stratified tenth of the training set
+        read = {"raf": read_raf, "folder": read_folder}[args.data]
+        index = read(root, "train" if split == "valid" else split)
+        if split == "valid" or (split == "train" and args.split == "valid"):
+            tenth = stratified(index.labels, len(index.labels) // 10, generator_of("valid"))
+            index = index.take(tenth if split == "valid" else sorted(set(range(len(index.labels))) - set(tenth)))
+    if args.classes:
+        index = keep_classes(index, args)
+    if split == "train" and len(set(index.labels)) < 2:
+        raise UserError(f"--data {args.data}: the training images of {root} have fewer than two classes")
+    return index
+
+
+def keep_classes(index: Index, args) -> Index:
+    strange = [c for c in index.classes if c not in CANONICAL]
+    if strange:
+        raise UserError(f"--classes {args.classes} needs expression classes, and {strange[0]!r} is none")
+    classes = tuple(c for c in index.classes if c != "contempt" or args.classes == 8)
+    if len(classes) != args.classes:
+        raise UserError(f"--classes {args.classes}: --data {args.data} has {len(index.classes)}: {', '.join(index.classes)}")
+    index = index.take([i for i, label in enumerate(index.labels) if index.classes[label] in classes])
+    index.labels = [classes.index(index.classes[label]) for label in index.labels]
+    index.classes = classes
+    return index
+
+
+def stratified(labels: list[int], count: int, generator) -> list[int]:
+    """Sorted positions of `count` samples, drawn from each class in proportion (largest remainders)."""
+    labels = torch.tensor(labels)
+    sizes = torch.bincount(labels)
+    exact = sizes * count / len(labels)
+    quota = exact.long()
+    for c in (exact - quota).argsort(descending=True, stable=True)[: count - int(quota.sum())]:
+        quota[c] += 1
+    chosen = []
+    for c, take in enumerate(quota.tolist()):
+        members = (labels == c).nonzero().flatten()
+        chosen += members[torch.randperm(len(members), generator=generator)[:take]].tolist()
+    return sorted(chosen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets: decoding
+# ----------------------------------------------------------------------------------------------------------------------
+
+IN_MEMORY = 2**30  # bytes; a larger cache is memory-mapped
+
+
+def open_image(source):
+    """A PIL image of a source: a path, or (where, "70 80 82 ...") as in fer2013.csv."""
+    if isinstance(source, tuple):
+        where, text = source
+        try:
+            return Image.fromarray(np.array(text.split(), dtype=np.uint8).reshape(48, 48))
+        except (ValueError, OverflowError):
+            raise UserError(f"{where}: is not 48 x 48 grey values") from None
+    try:
+        return Image.open(source)
+    except FileNotFoundError:
+        raise UserError(f"{source}: the image is missing") from None
+    except OSError:
+        raise UserError(f"{source}: is not an image that can be read") from None
+
+
+def decode(source, size: tuple[int, int], grey: bool) -> np.ndarray:
+    """uint8 (C, H, W) of a source, turned upright by its EXIF tag, resized to (width, height) `size`, not cropped."""
+    image = open_image(source)
+    try:
+        image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{source}: the image is truncated or damaged ({error})") from None
+    if image.size != size:
+        image = image.resize(size, Image.BILINEAR)  # Pillow's filter widens when it shrinks: no aliasing
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def decode_all(index: Index, args, split: str) -> Tensor:
+    """uint8 (N, C, H, W) of all images: from the cache if its inputs are unchanged, else decoded and cached.
+
+    Images that all have one square size of at most --size stay native (the device enlarges them); others become --size.
+    """
+    if args.data == "toy":
+        faces = [toyfaces.draw_face(split, i, size=args.size, difficulty=args.difficulty)[0] for i in index.sources]
+        return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
+
+    stamp = hashlib.sha256()  # of the files, not of the labels
+    for name, source in zip(index.names, index.sources):
+        try:
+            stat = os.stat(source) if isinstance(source, Path) else None
+        except OSError:
+            raise UserError(f"{source}: the image is missing") from None
+        stamp.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns), source[1] if stat is None else None)).encode())
+    place = hashlib.sha256(str(Path(args.root).resolve()).encode()).hexdigest()[:8]
+    file = Path(args.cache) / f"{args.data}-{place}-{split}{len(index.names)}-{args.size}px.npy"
+    note = file.with_suffix(".json")
+    wanted = {"inputs": stamp.hexdigest(), "images": len(index.names), "root": str(args.root), "size": args.size}
+    try:
+        fresh = json.loads(note.read_text()) == wanted and file.is_file()
+    except (OSError, ValueError):
+        fresh = False
+    if not fresh:
+        build_cache(index, args, split, file, note, wanted)
+    large = file.stat().st_size > IN_MEMORY
+    return torch.from_numpy(np.load(file, mmap_mode="c" if large else None))  # "c": torch wants a writable view
+
+
+def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict) -> None:
+    sizes, modes = set(), set()
+    for source in index.sources:
+        with open_image(source) as image:
+            sizes.add(image.size)
+            modes.add(image.mode)
+    native = sizes.pop() if len(sizes) == 1 else (0, 1)
+    size = native if native[0] == native[1] <= args.size else (args.size, args.size)
+    grey = modes <= {"L", "1", "LA"}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)  # so that no old note ever stands beside new images
+
+    def write(path):
+        shape = (len(index.sources), 1 if grey else 3, size[1], size[0])
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter lock
+            images = pool.map(lambda source: decode(source, size, grey), index.sources)
+            for i, pixels in enumerate(tqdm(images, f"decoding {args.data} {split}", len(index.sources), leave=False, unit="img")):
+                array[i] = pixels
+        array.flush()
+
+    write_atomically(file, write)
+    write_atomically(note, lambda path: path.write_text(json.dumps(wanted)))
+
+
+def load_train_index(args) -> tuple[Index, Tensor, Tensor | None]:
+    """The training list after --limit, its labels to train on, int64 (N,), and the clean ones if they are others."""
+    index = read_index(args, "train")
+    if args.limit and args.limit < len(index.names):
+        index = index.take(stratified(index.labels, args.limit, generator_of("limit")))
+    elif args.limit and args.limit > len(index.names):
+        raise UserError(f"--limit {args.limit}: there are only {len(index.names)} training images")
+    own = torch.tensor(index.labels)
+    if args.labels:
+        return index, read_labels(args.labels, index), own
+    if args.noise:
+        return index, inject(own, index.classes, args.noise, args.noise_type, args.noise_seed), own
+    return index, own, None
+
+
+def load_data(args) -> tuple[Split, Split]:
+    """The training split, with --limit and then --labels or --noise applied, and the split that is evaluated.
+
+    args: a namespace with the options of `add_data_args`. Raises UserError for data that are missing, damaged or odd.
+    """
+    index, labels, clean = load_train_index(args)
+    test = read_index(args, args.split)
+    if test.classes != index.classes:
+        raise UserError(f"the classes of the training and the {args.split} images differ")
+    va = [None if i.va is None else torch.from_numpy(i.va) for i in (index, test)]
+    train = Split(decode_all(index, args, "train"), labels, clean, va[0], index.names, index.classes)
+    test = Split(decode_all(test, args, args.split), torch.tensor(test.labels), None, va[1], test.names, test.classes)
+    counts = torch.bincount(labels, minlength=len(index.classes)).tolist()
+    print(f"{args.data}: {len(train.labels):,} training images ({', '.join(f'{c} {n:,}' for c, n in zip(index.classes, counts))}), "
+          f"{len(test.labels):,} {args.split} images, {tuple(train.images.shape[1:])}")
+    if clean is not None:
+        print(f"training labels that differ from the data set's own: {(labels != clean).sum().item():,} ({(labels != clean).float().mean():.1%})")
+    return train, test
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Label noise and label files
+# ----------------------------------------------------------------------------------------------------------------------
+
+# "The most confused pairs in RAFDB" (NCCTFER, Sec. 4.3.1), label -> what it is replaced with, in RAF-DB's order.
+RAF_CONFUSIONS = {0: 5, 1: 0, 2: 5, 3: 6, 4: 6, 5: 3, 6: 4}
+
+
+def check_noise(labels: Tensor, rate: float, num_classes: int) -> None:
+    if not 0 <= rate < 1:
+        raise UserError(f"noise rate {rate} is outside [0, 1)")
+    if num_classes < 2:
+        raise UserError("label noise needs at least two classes")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise UserError(f"labels from {int(labels.min())} to {int(labels.max())} are outside the {num_classes} classes")
+
+
+def corrupt(labels: Tensor, rate: float, num_classes: int, new_labels, generator) -> Tensor:
+    noisy = labels.clone()
+    for c in range(num_classes):
+        members = (labels == c).nonzero().flatten()
+        moved = members[torch.randperm(len(members), generator=generator)[: round(rate * len(members))]]
+        noisy[moved] = new_labels(c, len(moved))
+    return noisy
+
+
+def symmetric_noise(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Move exactly round(rate * n_c) labels of each class c to a different class, uniformly.
+
+    labels: int64 (N,), left alone. rate in [0, 1). generator: on the CPU. Returns int64 (N,).
+    Raises UserError for a rate, a label or a number of classes out of range.
+    """
+    check_noise(labels, rate, num_classes)
+    return corrupt(labels, rate, num_classes, lambda c, n: (c + torch.randint(1, num_classes, (n,), generator=generator)) % num_classes, generator)
+
+
+def asymmetric_noise(labels: Tensor, rate: float, pairs: dict[int, int], generator: torch.Generator) -> Tensor:
+    """Move exactly round(rate * n_c) labels of each class c to its confusion partner pairs[c] (NCCTFER, Sec. 4.3.1).
+
+    labels: int64 (N,), left alone; every class that occurs has a pair. rate in [0, 1). Returns int64 (N,).
+    Raises UserError for a rate out of range or a class without a partner.
+    """
+    check_noise(labels, rate, max([*pairs.keys(), *pairs.values(), 1]) + 1)
+    lonely = set(labels.unique().tolist()) - set(pairs)
+    if lonely or any(c == partner for c, partner in pairs.items()):
+        raise UserError(f"asymmetric noise: class {min(lonely) if lonely else 'of a pair'} has no partner other than itself")
+    return corrupt(labels, rate, max(pairs) + 1, lambda c, n: torch.full((n,), pairs.get(c, c)), generator)
+
+
+def confusion_pairs(classes: tuple[str, ...]) -> dict[int, int]:
+    """RAF_CONFUSIONS by name, as indices into `classes`; contempt goes to neutral (ours)."""
+    by_name = {RAF_CLASSES[a]: RAF_CLASSES[b] for a, b in RAF_CONFUSIONS.items()} | {"contempt": "neutral"}
+    for name in classes:
+        if by_name.get(name) not in classes:
+            raise UserError(f"asymmetric noise: class {name!r} has no confusion partner among {', '.join(classes)}")
+    return {i: classes.index(by_name[name]) for i, name in enumerate(classes)}
+
+
+def inject(labels: Tensor, classes: tuple[str, ...], rate: float, kind: str, seed: int) -> Tensor:
+    """The noise of --noise RATE --noise-type KIND --noise-seed SEED; inject_noise.py writes the same labels."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "asymmetric":
+        return asymmetric_noise(labels, rate, confusion_pairs(classes), generator)
+    return symmetric_noise(labels, rate, len(classes), generator)
+
+
+def name_key(name: str) -> str:
+    """What two spellings of one image have in common: no folder, no "_aligned", no suffix."""
+    return Path(name.replace("\\", "/")).stem.removesuffix("_aligned")
+
+
+def read_labels(path, index: Index) -> Tensor:
+    """Labels, int64 (N,), of the images of `index` from a noisy label file.
+
+    Read are `name,label` with class names or integers, and "name label" lines with labels from 0 or from 1 (RAF-DB's
+    own list and the published files: docs/data.md). Lines of other images are passed over. Raises UserError with the
+    line for what is malformed, outside the classes, doubled with another label, or in an unclear numbering.
+    """
+    rows = read_rows(path)
+    if rows and (rows[0][1].lower(), rows[0][2].lower()) in (("name", "label"), ("image", "label")):
+        rows = rows[1:]
+    if not rows:
+        raise UserError(f"{path}: no labels in it")
+    integers = re.fullmatch(r"-?\d+", rows[0][2]) is not None
+    if integers:
+        labels = numbered_labels(rows, path, len(index.classes))
+    else:
+        labels = []
+        for line_number, _, text in rows:
+            if canonical(text) not in index.classes:
+                raise UserError(f"{path}, line {line_number}: label {text!r} is not among the classes {', '.join(index.classes)}")
+            labels.append(index.classes.index(canonical(text)))
+
+    keys = [name_key(name) for name in index.names]
+    by_key = name_key if len(set(keys)) == len(keys) else str  # names that differ in their folder alone: whole names only
+    table = {}
+    for (line_number, name, _), label in zip(rows, labels):
+        if table.setdefault(by_key(name), label) != label:
+            raise UserError(f"{path}, line {line_number}: {name} has another label in an earlier line")
+    missing = [name for name in index.names if by_key(name) not in table]
+    if missing:
+        raise UserError(f"{path}: no label for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}")
+    labels = torch.tensor([table[by_key(name)] for name in index.names])
+    if integers and index.classes == RAF_CLASSES:
+        check_order(labels, torch.tensor(index.labels), path)
+    return labels
+
+
+def check_order(labels: Tensor, own: Tensor, path) -> None:
+    """Refuse RAF-DB labels that are numbered in AffectNet's order: read so, they agree better with the data set's own."""
+    to_raf = torch.tensor([RAF_CLASSES.index(name) for name in AFFECTNET_CLASSES[:7]])
+    if (to_raf[labels] == own).sum() > (labels == own).sum():
+        raise UserError(f"{path}: the labels look numbered in AffectNet's order (neutral, happy, sad, ...), not RAF-DB's; write class names instead")
+
+
+def write_labels(path, names: list[str], labels: Tensor, classes: tuple[str, ...], style: str = "csv") -> None:
+    """Write a noisy label file: "csv", `name,label` with class names, or "list", RAF-DB's "name label" counted from 1."""
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            if style == "list":
+                file.writelines(f"{name} {label + 1}\n" for name, label in zip(names, labels.tolist()))
+            else:
+                rows = csv.writer(file, lineterminator="\n")
+                rows.writerow(("name", "label"))
+                rows.writerows((name, classes[label]) for name, label in zip(names, labels.tolist()))
+
+    write_atomically(path, write)
