@@ -91,21 +91,28 @@ def number(kind, low, high=math.inf, open_low=False, open_high=False):
 positive_int = number(int, 1)
 
 
-def add_data_args(parser) -> None:
+def add_index_args(parser) -> None:
+    """Which training images with which labels: what inject_noise.py takes too."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=DATA_SETS, default="toy", help="data set (default: %(default)s, drawn by toyfaces.py)")
     group.add_argument("--root", help="folder of the data set (default: data/<name>)")
-    group.add_argument("--split", choices=("test", "valid"), default="test", help="what is evaluated; valid: for choosing settings (default: %(default)s)")
     group.add_argument("--noise", type=number(float, 0, 1, open_high=True), default=0.0, metavar="RATE", help="share of each class's training labels that is made wrong (default: %(default)s)")
     group.add_argument("--noise-type", choices=("symmetric", "asymmetric"), default="symmetric", help="to any other class, or to the class's confusion partner (default: %(default)s)")
     group.add_argument("--noise-seed", type=number(int, 0), help="seed of the noise (default: --seed)")
-    group.add_argument("--labels", metavar="FILE", help="training labels from a file; excludes --noise")
     group.add_argument("--classes", type=int, choices=(7, 8), help="expression classes to keep: 7 is without contempt (default: all of the data set)")
-    group.add_argument("--size", type=number(int, 16), help="pixels of the square network input")
     group.add_argument("--limit", type=positive_int, metavar="N", help="train on a fixed stratified subset of N images")
     group.add_argument("--difficulty", type=number(float, 0, 1), default=0.0, help="toy only: 0 draws clear faces, 1 subtle ones (default: %(default)s)")
-    group.add_argument("--cache", default="cache", metavar="DIR", help="where decoded images are kept (default: %(default)s)")
     group.add_argument("--seed", type=number(int, 0), default=1, help="seed of weights, order, augmentation and noise (default: %(default)s)")
+
+
+def add_data_args(parser) -> None:
+    """The options that `load_data` reads."""
+    add_index_args(parser)
+    group = parser.add_argument_group("images and labels")
+    group.add_argument("--labels", metavar="FILE", help="training labels from a file; excludes --noise")
+    group.add_argument("--split", choices=("test", "valid"), default="test", help="what is evaluated; valid: for choosing settings (default: %(default)s)")
+    group.add_argument("--size", type=number(int, 16), help="pixels of the square network input")
+    group.add_argument("--cache", default="cache", metavar="DIR", help="where decoded images are kept (default: %(default)s)")
 
 
 def add_training_args(parser) -> None:

@@ -1,0 +1,72 @@
+"""Write a noisy label file for the training images of a data set.
+
+The labels are those that `--noise RATE --noise-type TYPE --noise-seed SEED` gives in every script, so a file fixes them
+for other people and other programs; the scripts read it with --labels.
+
+    python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
+    python cocuring.py --data toy --labels noise-toy-symmetric-0.2-s1.csv     # the labels of --noise 0.2 --noise-seed 1
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+from common import UserError
+
+
+def parse_args(argv=None):
+    parser = common.Parser("inject_noise.py", description=__doc__.split("\n\n")[0])
+    common.add_index_args(parser)
+    parser.add_argument("--output", help="file to write (default: noise-<data>-<type>-<rate>-s<seed>.csv); a .json with what was done comes beside it")
+    parser.add_argument("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's own, labels counted from 1 (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    early, _ = parser.parse_known_args(argv)
+    parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, labels=None, split="test")
+    args = parser.parse_args(argv)
+    common.check_data_args(args, parser)
+    if args.output is None:
+        suffix = "csv" if args.format == "csv" else "txt"
+        args.output = f"noise-{args.data}-{args.noise_type}-{args.noise:g}-s{args.noise_seed}.{suffix}"
+    return args
+
+
+def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Counts, int64 (C, C): row the clean label, column the noisy one. clean, noisy: int64 (N,)."""
+    return torch.bincount(clean * num_classes + noisy, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@common.reports_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if not args.noise:
+        raise UserError("--noise RATE is needed, in (0, 1)")
+    output = Path(args.output)
+    note = output.with_suffix(".json")
+    for file in (output, note):
+        if file.exists() and not args.overwrite:
+            raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
+    index, noisy, clean = common.load_train_index(args)
+    counts = transition_matrix(clean, noisy, len(index.classes))
+    per_class = [
+        {"class": name, "images": int(row.sum()), "changed": int(row.sum() - row[c]), "transition": [round(v, 6) for v in (row / row.sum().clamp(min=1)).tolist()]}
+        for c, (name, row) in enumerate(zip(index.classes, counts))
+    ]
+    record = {"data": args.data, "images": len(noisy), "rate": args.noise, "type": args.noise_type, "seed": args.noise_seed, "limit": args.limit,
+              "changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
+    common.write_labels(output, index.names, noisy, index.classes, args.format)
+    common.write_atomically(note, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+
+    width = max(map(len, index.classes))
+    print(f"{'from / to':{width}}  " + "  ".join(f"{name:>{max(6, len(name))}}" for name in index.classes) + "   changed")
+    for entry in per_class:
+        cells = "  ".join(f"{share:{max(6, len(name))}.3f}" for name, share in zip(index.classes, entry["transition"]))
+        print(f"{entry['class']:{width}}  {cells}   {entry['changed']} of {entry['images']}")
+    print(f"{output}: {record['changed']:,} of {record['images']:,} labels changed; {note.name} beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
