@@ -180,7 +180,7 @@ def evaluate(networks, pixels, labels: Tensor, classes, args) -> tuple[dict, lis
     """The scalars of the evaluated split and its confusion matrix; the networks are averaged (Sec. 3.2.3)."""
     probs = predict(networks, pixels, args)
     mean = sum(probs) / len(probs)
-    scalars = common.test_scalars(mean, labels, classes)
+    scalars = common.accuracy_scalars(mean, labels, classes)
     if len(networks) == 2:
         scalars |= {f"accuracy/test/net{k}": (p.argmax(1) == labels).float().mean().item() for k, p in enumerate(probs, 1)}
     return scalars, common.confusion(mean.argmax(1), labels, len(classes))

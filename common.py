@@ -465,7 +465,7 @@ def load_checkpoint(path) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_scalars(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
+def accuracy_scalars(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
     """accuracy/test, accuracy/test_mean_class and accuracy/class/<class> (of the classes that occur), as fractions.
 
     probs: (N, C). labels: int64 (N,).
