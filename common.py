@@ -697,7 +697,7 @@ class Run:
         figures = {"curves": figure_of_curves(history, self.args.split), "confusion": figure_of_confusion(table, train.classes),
                    "audit": figure_of_audit(train, current, scores, order[:32])}
         for name, figure in figures.items():
-            write_atomically(self.folder / f"{name}.png", lambda path: figure.savefig(path, format="png", dpi=120))
+            write_atomically(self.folder / f"{name}.png", functools.partial(figure.savefig, format="png", dpi=120))
             self.writer.add_image(name, figure_to_tensor(figure), self.args.epochs)
         results = summary(history)
         self.write_hparams(results)
@@ -714,15 +714,15 @@ class Run:
         print(f"final  {results['final']:.2%}")
 
     def write_audit(self, train: Split, current: Tensor, scores: Tensor, order: list[int]) -> None:
-        known = train.clean is not None
+        columns = {"given": train.labels, "final": current} | ({} if train.clean is None else {"clean": train.clean})
+        columns = {key: [train.classes[label] for label in labels.tolist()] for key, labels in columns.items()}
 
         def write(path):
             with open(path, "w", newline="", encoding="utf-8") as file:
                 rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(["name", "given", "final", "score"] + ["clean"] * known)
+                rows.writerow(["name", "given", "final", "score", *list(columns)[2:]])
                 for i in order:
-                    labels = [train.labels[i], current[i]] + [train.clean[i]] * known
-                    given, final, *clean = (train.classes[label] for label in labels)
+                    given, final, *clean = (column[i] for column in columns.values())
                     rows.writerow([train.names[i], given, final, f"{scores[i]:.6f}", *clean])
 
         write_atomically(self.folder / "labels.csv", write)

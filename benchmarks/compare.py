@@ -1,0 +1,188 @@
+"""Methods x noise x seeds through each script's main; the numbers in docs/results.md come from here.
+
+Runs that are recorded under benchmarks/results/ are skipped, interrupted ones go on where they stopped: call it again
+until it is done. Each record is small and holds its command, so a single number can be checked without the rest.
+
+    python benchmarks/compare.py toy                              # 3 seeds; 1 hour on 2 cores
+    python benchmarks/compare.py ferplus --root data/ferplus      # 1 seed; 1 hour on 2 cores
+    python benchmarks/compare.py                                  # only write docs/results.md and the figures anew
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402 - found through the line above
+
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+
+
+@dataclass
+class Row:
+    """A row of a table: a script with flags, and how many forward-backward passes an image makes in an epoch."""
+
+    name: str
+    script: str
+    flags: str
+    passes: int
+
+
+PLAIN = "--lambda-max 0 --no-relabel"
+COCURING = [
+    Row("two networks (baseline)", "cocuring", PLAIN, 2),
+    Row("Co-curing", "cocuring", "", 2),
+]
+SUITES = {
+    "toy": {
+        "title": "Toy faces, 48 px, 40 % symmetric noise",
+        "flags": "--data toy",
+        "seeds": (1, 2, 3),
+        "rows": [
+            Row("one network", "cocuring", f"--noise 0.4 --networks 1 {PLAIN}", 1),
+            *(Row(row.name, row.script, f"--noise 0.4 {row.flags}", row.passes) for row in COCURING),
+            Row("Co-curing, no relabelling", "cocuring", "--noise 0.4 --no-relabel", 2),
+            Row("two networks, clean labels", "cocuring", PLAIN, 2),
+        ],
+    },
+    "ferplus": {
+        "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
+        "flags": "--data ferplus --limit 10000 --noise 0.4",
+        "seeds": (1,),
+        "rows": COCURING,
+    },
+}
+
+
+def record_path(suite: str, row: Row, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in row.name.lower()).replace("--", "-").strip("-")
+    return RESULTS / suite / f"{name}-s{seed}.json"
+
+
+def machine() -> str:
+    """The processor and the number of cores used, or the GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} cores"
+
+
+def run_one(suite: str, row: Row, seed: int, args) -> None:
+    """Train, or go on training, and write the record."""
+    record = record_path(suite, row, seed)
+    flags = f"{SUITES[suite]['flags']} {row.flags} --seed {seed}".split()
+    place = ["--out", str(Path(args.out) / suite), "--name", record.stem, "--cache", args.cache]
+    place += ["--root", args.root] if args.root else []
+    folder = Path(args.out) / suite / record.stem
+    if not (folder / "model.pt").exists():
+        status = importlib.import_module(row.script).main([*flags, *place, "--resume"])
+        if status:
+            sys.exit(status)
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    made = json.loads((folder / "args.json").read_text())
+    last = history[-1]
+    numbers = {key: round(value, 6) for key, value in common.summary(history).items()}
+    for tag in ("accuracy/test_mean_class", "labels/accuracy", "relabel/precision", "relabel/recall"):
+        if tag in last:
+            numbers[tag] = round(last[tag], 6)
+    content = {
+        "row": row.name, "command": f"python {row.script}.py {' '.join(flags)}", "seed": seed, "passes": row.passes, **numbers,
+        "seconds": round(sum(line["seconds"] for line in history)), "machine": machine(), "versions": made["versions"], "commit": made["commit"],
+        "curve": [round(line["accuracy/test"], 4) for line in history],
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    common.write_atomically(record, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def records(suite: str) -> list[tuple[Row, list[dict]]]:
+    """The recorded runs of each row of a suite, in the order of its table."""
+    found = []
+    for row in SUITES[suite]["rows"]:
+        runs = [json.loads(path.read_text()) for seed in SUITES[suite]["seeds"] if (path := record_path(suite, row, seed)).exists()]
+        if runs:
+            found.append((row, runs))
+    return found
+
+
+def cell(runs: list[dict], key: str) -> str:
+    """Mean and, for several seeds, standard deviation in per cent."""
+    values = [100 * run[key] for run in runs if key in run]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def write_docs() -> None:
+    """docs/results.md and a figure of the curves for each suite, from the records alone."""
+    from matplotlib.figure import Figure
+
+    keys = ("best", "last5", "final", "accuracy/test_mean_class", "labels/accuracy", "relabel/precision", "relabel/recall")
+    text = ["# Results", "",
+            "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on the test set as in",
+            "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean, labels right, relabel precision and recall are those of the last epoch.",
+            "`passes`: forward-backward passes that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`."]
+    for suite, what in SUITES.items():
+        rows = records(suite)
+        if not rows:
+            continue
+        text += ["", f"## {what['title']}", "",
+                 "| | seeds | best | last5 | final | class mean | labels right | relabel precision | relabel recall | passes | minutes |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+        for row, runs in rows:
+            minutes = statistics.mean(run["seconds"] for run in runs) / 60
+            text.append(f"| {row.name} | {len(runs)} | " + " | ".join(cell(runs, key) for key in keys) + f" | {row.passes} | {minutes:.1f} |")
+        text += ["", f"![test accuracy against epoch](figures/{suite}.png)", "", "Commands (seed 1), and last5 of every seed:", ""]
+        for row, runs in rows:
+            text.append(f"- {row.name}: `{runs[0]['command']}`: " + ", ".join(f"{100 * run['last5']:.1f}" for run in runs))
+        used = sorted({f"{run['machine']}; torch {run['versions']['torch']}" for _, runs in rows for run in runs})
+        text += ["", f"Machine: {' / '.join(used)}."]
+
+        figure = Figure((7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for row, runs in rows:
+            curve = [100 * statistics.mean(values) for values in zip(*(run["curve"] for run in runs))]
+            axes.plot(range(1, len(curve) + 1), curve, label=row.name, marker=".")
+        axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=what["title"])
+        low = min(100 * min(run["curve"][len(run["curve"]) // 4 :]) for _, runs in rows for run in runs)
+        axes.set_ylim(max(0, low - 5))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        (DOCS / "figures").mkdir(exist_ok=True)
+        figure.savefig(DOCS / "figures" / f"{suite}.png", dpi=110)
+    (DOCS / "results.md").write_text("\n".join(text) + "\n")
+    print(f"{DOCS / 'results.md'} written")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="what to run (default: nothing, only write the docs)")
+    parser.add_argument("--root", help="folder of the data set, where the suite needs one")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the suite")
+    parser.add_argument("--out", default="runs/compare", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--cache", default="cache", help="where decoded images are kept (default: %(default)s)")
+    args = parser.parse_args(argv)
+    todo = [(suite, row, seed) for suite in args.suites for seed in SUITES[suite]["seeds"] if not args.seeds or seed in args.seeds
+            for row in SUITES[suite]["rows"] if not record_path(suite, row, seed).exists()]
+    began = time.perf_counter()
+    for done, (suite, row, seed) in enumerate(todo):
+        left = f", about {(time.perf_counter() - began) / done * (len(todo) - done) / 60:.0f} minutes left" if done else ""
+        print(f"\n=== {done + 1} of {len(todo)}{left}: {suite}, {row.name}, seed {seed}", flush=True)
+        run_one(suite, row, seed, args)
+    write_docs()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

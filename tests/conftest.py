@@ -1,0 +1,155 @@
+"""Small data sets in the layouts in which the real ones come, for the tests that read them."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import cocuring  # noqa: E402
+import toyfaces  # noqa: E402
+
+RAF_TRAIN, RAF_TEST = 28, 14  # four and two images per class
+FERPLUS_USAGE = {"Train": "Training", "Valid": "PublicTest", "Test": "PrivateTest"}
+FERPLUS_COLUMNS = "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+
+
+def picture(key, width, height, grey=False):
+    """A smooth image that depends on `key`, an int or a list of them, alone."""
+    patches = np.random.default_rng(key).integers(0, 256, (4, 4) if grey else (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height), Image.BICUBIC)
+
+
+def save(image, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def raf_rows(split=None):
+    """(name, label 1..7) of the rows of RAF-DB's list: train names have five digits, test names four."""
+    rows = [(f"train_{i:05d}.jpg", 1 + i % 7) for i in range(1, RAF_TRAIN + 1)]
+    rows += [(f"test_{i:04d}.jpg", 1 + i % 7) for i in range(1, RAF_TEST + 1)]
+    return [row for row in rows if split is None or row[0].startswith(split)]
+
+
+def raf_picture(name):
+    split, number = name.removesuffix(".jpg").split("_")
+    return picture([split == "train", int(number)], 100, 100)
+
+
+def build_raf(root, separate=False, base=1, rows=None):
+    """RAF-DB as its authors give it; separate: a list per split; base: what labels count from; rows: others than raf_rows()."""
+    rows = raf_rows() if rows is None else rows
+    for name, _ in rows:
+        save(raf_picture(name), root / "Image" / "aligned" / name.replace(".jpg", "_aligned.jpg"))
+    for file, split in (("train_label.txt", "train"), ("test_label.txt", "test")) if separate else (("list_patition_label.txt", ""),):
+        path = root / "EmoLabel" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{name} {label - 1 + base}\n" for name, label in rows if name.startswith(split)))
+    return root
+
+
+def build_raf_kaggle(root, tables=True):
+    """RAF-DB as re-packaged on Kaggle; tables: with train_labels.csv and test_labels.csv."""
+    for split in ("train", "test"):
+        lines = ["image,label\n"]
+        for name, label in raf_rows(split):
+            name_here = name.replace(".jpg", "_aligned.jpg")
+            save(raf_picture(name), root / "DATASET" / split / str(label) / name_here)
+            lines.append(f"{name_here},{label}\n")
+        if tables:
+            (root / f"{split}_labels.csv").write_text("".join(lines))
+    return root
+
+
+def votes_for(winner, second=None):
+    """Ten vote counts that `winner` wins by eight of ten."""
+    counts = [0] * 10
+    counts[winner], counts[(winner + 1) % 8 if second is None else second] = 8, 2
+    return counts
+
+
+def ferplus_rows():
+    """(part, name or "", ten votes, 48 x 48 grey array) of each row: three images per class in Train, one in the others."""
+    rows = []
+    for part, count in (("Train", 3), ("Valid", 1), ("Test", 1)):
+        votes = [votes_for(c) for c in range(8)] * count + [votes_for(8), votes_for(9), [5, 5] + [0] * 8]  # the last three are dropped
+        votes.insert(2, None)  # a row without an image name
+        for counts in votes:
+            number = len(rows)
+            pixels = np.asarray(picture([7, number], 48, 48, grey=True))
+            rows.append((part, f"fer{number:07d}.png" if counts else "", counts or [0] * 8 + [10, 0], pixels))
+    return rows
+
+
+def build_ferplus(root):
+    """FERPlus as folders of images, each with its label.csv."""
+    for part, name, votes, pixels in ferplus_rows():
+        if name:
+            folder = root / f"FER2013{part}"
+            save(Image.fromarray(pixels), folder / name)
+            with open(folder / "label.csv", "a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow([name, "(0, 0, 48, 48)", *votes])
+    return root
+
+
+def build_ferplus_csv(root):
+    """FERPlus as fer2013.csv and fer2013new.csv."""
+    root.mkdir(parents=True, exist_ok=True)
+    pixel_lines, vote_lines = ["emotion,pixels,Usage\n"], [f"Usage,Image name,{FERPLUS_COLUMNS}\n"]
+    for part, name, votes, pixels in ferplus_rows():
+        pixel_lines.append(f"0,{' '.join(map(str, pixels.flatten()))},{FERPLUS_USAGE[part]}\n")
+        vote_lines.append(f"{FERPLUS_USAGE[part]},{name},{','.join(map(str, votes))}\n")
+    (root / "fer2013.csv").write_text("".join(pixel_lines))
+    (root / "fer2013new.csv").write_text("".join(vote_lines))
+    return root
+
+
+def build_folder(root, classes=("happy", "sad", "angry"), count=4, size=(20, 20), grey=False):
+    """root/<class>/0.png ...: image names repeat from class to class, images do not."""
+    for c, name in enumerate(classes):
+        for i in range(count):
+            save(picture([c, i, len(name)], *size, grey), root / name / f"{i}.png")
+    return root
+
+
+def build_folder_splits(root, classes=("happy", "sad", "angry"), count=4, **options):
+    build_folder(root / "train", classes, count, **options)
+    build_folder(root / "test", classes, 2, **options)
+    return root
+
+
+BUILDERS = {
+    "raf": build_raf, "raf lists": lambda root: build_raf(root, separate=True), "kaggle": build_raf_kaggle,
+    "kaggle folders": lambda root: build_raf_kaggle(root, tables=False), "ferplus": build_ferplus, "ferplus csv": build_ferplus_csv,
+    "folder": build_folder, "folder splits": build_folder_splits,
+}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """arguments("raf", root, "--noise", "0.2") -> the namespace that load_data takes, with a cache of the test's own."""
+
+    def make(data, root=None, *more):
+        root = ["--root", str(root)] if root is not None else []
+        return cocuring.parse_args(["--data", data, *root, "--cache", str(tmp_path / "cache"), *more])
+
+    return make
+
+
+@pytest.fixture
+def raf(tmp_path):
+    return build_raf(tmp_path / "raf")
+
+
+@pytest.fixture
+def few_toys(monkeypatch):
+    """Toy splits of 70, 30 and 30 faces."""
+    for split, count in (("train", 70), ("valid", 30), ("test", 30)):
+        monkeypatch.setitem(toyfaces.SPLITS, split, count)

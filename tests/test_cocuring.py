@@ -1,0 +1,467 @@
+"""Co-curing: losses and rules against hand-computed cases, then the script itself, in-process, on tiny input."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cocuring
+import common
+import toyfaces
+from cocuring import peer_losses, ramp_up, relabel
+
+ROOT = Path(cocuring.__file__).parent
+
+
+# ramp_up, Eq. 3
+
+
+@pytest.mark.parametrize("epoch, expected", [(1, 0.9 * math.exp(-0.65 * 0.9**2)), (5, 0.9 * math.exp(-0.65 * 0.25)), (10, 0.9), (11, 0.9), (40, 0.9)])
+def test_ramp_up_follows_eq_3_and_stays_at_its_maximum(epoch, expected):
+    assert ramp_up(epoch, 10) == pytest.approx(expected, rel=1e-12)
+
+
+def test_ramp_up_takes_a_fractional_length():
+    assert ramp_up(1, 21.6, lambda_max=0.5, beta=6) == pytest.approx(0.5 * math.exp(-6 * (1 - 1 / 21.6) ** 2), rel=1e-12)
+
+
+def test_ramp_up_starts_near_one_half_with_the_papers_beta():
+    assert ramp_up(1, 36) == pytest.approx(0.486, abs=1e-3)
+
+
+def test_ramp_up_without_mimicry_is_zero_and_with_beta_zero_constant():
+    assert [ramp_up(t, 10, lambda_max=0) for t in (1, 10, 20)] == [0, 0, 0]
+    assert [ramp_up(t, 10, beta=0) for t in (1, 5, 20)] == [0.9, 0.9, 0.9]
+
+
+# peer_losses, Eqs. 1-2
+
+
+def reference_losses(z1, z2, y, lam):
+    """Eqs. 1-2 in float64, sample by sample."""
+    losses = [0.0, 0.0]
+    for a, b, label in zip(np.asarray(z1, float), np.asarray(z2, float), y):
+        p1, p2 = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+        losses[0] += (1 - lam) * -np.log(p1[label]) + lam * sum(q * np.log(q / p) for p, q in zip(p1, p2))
+        losses[1] += (1 - lam) * -np.log(p2[label]) + lam * sum(p * np.log(p / q) for p, q in zip(p1, p2))
+    return [loss / len(y) for loss in losses]
+
+
+def test_peer_losses_by_hand():
+    # p1 = (1/2, 1/2), p2 = (1/4, 3/4), label 0
+    loss1, loss2 = peer_losses(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]]), torch.tensor([0]), 0.25)
+    kl_21 = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    kl_12 = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert loss1.item() == pytest.approx(0.75 * math.log(2) + 0.25 * kl_21, abs=1e-6)
+    assert loss2.item() == pytest.approx(0.75 * math.log(4) + 0.25 * kl_12, abs=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_peer_losses_equal_float64_arithmetic(lam):
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, 9, 7, generator=generator) * 4
+    y = torch.randint(7, (9,), generator=generator)
+    got = peer_losses(z1, z2, y, lam)
+    assert [loss.item() for loss in got] == pytest.approx(reference_losses(z1, z2, y.tolist(), lam), rel=1e-5, abs=1e-6)
+
+
+def test_the_gradient_of_each_loss_is_that_of_its_equation_and_the_peer_gets_none():
+    generator = torch.Generator().manual_seed(1)
+    z1, z2 = torch.randn(2, 5, 4, dtype=torch.float64, generator=generator)
+    z1.requires_grad_()
+    z2.requires_grad_()
+    y, lam = torch.tensor([0, 1, 2, 3, 0]), 0.6
+    loss1, loss2 = peer_losses(z1, z2, y, lam)
+    own, peer = torch.autograd.grad(loss1, (z1, z2), retain_graph=True, allow_unused=True)
+    # d/dz1 of (1 - lam) CE + lam KL(p2 || p1) is ((1 - lam) (p1 - y) + lam (p1 - p2)) / N
+    p1, p2 = z1.softmax(1), z2.softmax(1)
+    one_hot = torch.eye(4, dtype=torch.float64)[y]
+    torch.testing.assert_close(own, ((1 - lam) * (p1 - one_hot) + lam * (p1 - p2)) / 5)
+    assert peer is None or not peer.any()
+    peer, own = torch.autograd.grad(loss2, (z1, z2), allow_unused=True)
+    torch.testing.assert_close(own, ((1 - lam) * (p2 - one_hot) + lam * (p2 - p1)) / 5)
+    assert peer is None or not peer.any()
+
+
+def test_mimicry_of_an_equal_peer_is_free():
+    z, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    loss1, loss2 = peer_losses(z, z.clone(), y, 1.0)
+    assert loss1.item() == pytest.approx(0, abs=1e-6) and loss2.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_peer_losses_stay_finite_for_certain_networks():
+    z1, z2 = torch.tensor([[200.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 200.0]], requires_grad=True)
+    loss1, loss2 = peer_losses(z1, z2, torch.tensor([1]), 0.5)
+    (loss1 + loss2).backward()
+    assert torch.isfinite(torch.stack([loss1, loss2])).all() and torch.isfinite(z1.grad).all()
+
+
+# relabel, Eq. 4
+
+
+@pytest.mark.parametrize("p1, p2, label, delta, expected, why", [
+    ([0.1, 0.7, 0.2], [0.1, 0.6, 0.3], 0, 0.2, 1, "both agree by more than delta"),
+    ([0.1, 0.7, 0.2], [0.1, 0.3, 0.6], 0, 0.2, 0, "they disagree about the class"),
+    ([0.25, 0.4, 0.35], [0.1, 0.7, 0.2], 0, 0.2, 0, "the first margin is too small"),
+    ([0.1, 0.7, 0.2], [0.25, 0.4, 0.35], 0, 0.2, 0, "the second margin is too small"),
+    ([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], 0, 0.25, 0, "the margin is delta exactly: strict"),
+    ([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], 0, 0.2499, 1, "the margin is just above delta"),
+    ([0.8, 0.1, 0.1], [0.8, 0.1, 0.1], 0, 0.0, 0, "the label is the prediction"),
+    ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], 1, 0.99, 2, "certain networks, large delta"),
+])
+def test_relabel_case_by_case(p1, p2, label, delta, expected, why):
+    got = relabel(torch.tensor([p1]), torch.tensor([p2]), torch.tensor([label]), delta)
+    assert got.tolist() == [expected], why
+
+
+def test_relabel_judges_each_sample_alone_and_leaves_its_input():
+    p1 = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.4, 0.6]])
+    labels = torch.tensor([0, 1, 0])
+    got = relabel(p1, p1.clone(), labels, 0.5)
+    assert got.tolist() == [1, 0, 0] and labels.tolist() == [0, 1, 0]
+    assert got.dtype == torch.int64
+
+
+def test_a_wrong_correction_can_be_taken_back():
+    given = torch.tensor([0])
+    first = relabel(torch.tensor([[0.1, 0.9]]), torch.tensor([[0.1, 0.9]]), given, 0.2)
+    later = relabel(torch.tensor([[0.6, 0.4]]), torch.tensor([[0.6, 0.4]]), given, 0.2)
+    assert (first.item(), later.item()) == (1, 0)
+
+
+# The script
+
+
+class Tiny(torch.nn.Sequential):
+    """A backbone of a few hundred weights, with a last layer named as in torchvision."""
+
+    def __init__(self):
+        conv = torch.nn.Conv2d(3, 8, 3, stride=4)
+        super().__init__(OrderedDict(conv=conv, bn=torch.nn.BatchNorm2d(8), relu=torch.nn.ReLU(), pool=torch.nn.AdaptiveAvgPool2d(2),
+                                     flat=torch.nn.Flatten(), fc=torch.nn.Linear(32, 1000)))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """48 toy faces, 16 test faces, a small backbone and arguments for a run of a second."""
+    monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
+    monkeypatch.setitem(common.BACKBONES, "resnet18", Tiny)
+    return ["--noise", "0.4", "--size", "32", "--batch-size", "12", "--epochs", "3", "--t-warm", "1", "--delta", "0.01", "--precision", "fp32"]
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
+    folder = tmp_path / "run"
+    screen = capsys.readouterr().out
+    assert [line.split()[0] for line in screen.splitlines()[-3:]] == ["best", "last5", "final"]
+
+    history = lines(folder)
+    assert [line["epoch"] for line in history] == [1, 2, 3]
+    last = history[-1]
+    for tag in ("loss/total", "loss/net1", "loss/net2", "weight/lambda", "lr", "accuracy/train", "accuracy/test", "accuracy/test_mean_class",
+                "accuracy/test/net1", "accuracy/test/net2", "relabel/this_epoch", "relabel/changed", "labels/accuracy", "relabel/recall"):
+        assert isinstance(last[tag], (int, float)), tag
+    assert history[0]["relabel/this_epoch"] == 0 and history[0]["labels/accuracy"] == pytest.approx(1 - 0.4, abs=0.05)
+    assert history[1]["relabel/this_epoch"] > 0
+    assert history[1]["weight/lambda"] == pytest.approx(ramp_up(2, 2.7))
+    assert history[2]["lr"] == pytest.approx(1e-3 * 0.95**2)
+
+    with open(folder / "labels.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 48 and set(rows[0]) == {"name", "given", "final", "score", "clean"}
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and 0 <= scores[-1] and scores[0] <= 1
+    assert sum(row["given"] != row["final"] for row in rows) == last["relabel/changed"]
+    assert np.mean([row["final"] == row["clean"] for row in rows]) == pytest.approx(last["labels/accuracy"])
+
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"]["delta"] == 0.01 and record["args"]["noise_seed"] == 1 and set(record["versions"]) == {"python", "torch", "torchvision"}
+    model = torch.load(folder / "model.pt", weights_only=True)
+    assert model["classes"] == list(toyfaces.CLASSES) and len(model["networks"]) == 2 and model["method"] == "cocuring"
+    for figure in ("confusion.png", "curves.png", "audit.png"):
+        assert (folder / figure).read_bytes()[:4] == b"\x89PNG"
+
+    events = EventAccumulator(str(folder)).Reload()
+    assert set(last) - {"epoch"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("accuracy/test")] == [1, 2, 3]
+    assert events.Scalars("weight/lambda")[1].value == pytest.approx(history[1]["weight/lambda"])
+    assert {"confusion", "curves", "audit"} <= set(events.Tags()["images"])
+
+
+def test_the_two_networks_start_and_stay_different():
+    args = cocuring.parse_args(["--data", "toy"])
+    first, second = cocuring.make_networks(args, 7, torch.device("cpu"))
+    again = cocuring.make_networks(args, 7, torch.device("cpu"))[0]
+    assert not torch.equal(first.head.weight, second.head.weight) and torch.equal(first.head.weight, again.head.weight)
+
+
+def test_inference_averages_the_softmax_outputs():
+    class Constant(torch.nn.Module):
+        def __init__(self, probs):
+            super().__init__()
+            self.logits = torch.tensor(probs).log()
+
+        def forward(self, x):
+            return self.logits.expand(len(x), -1)
+
+    args = cocuring.parse_args(["--size", "16", "--precision", "fp32"])
+    pixels = common.Pixels(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.device("cpu"))
+    networks = [Constant([0.9, 0.05, 0.05]), Constant([0.1, 0.5, 0.4])]  # mean (0.5, 0.275, 0.225)
+    scalars, table = cocuring.evaluate(networks, pixels, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"), args)
+    assert scalars["accuracy/test"] == 0.5 and scalars["accuracy/test/net1"] == 0.5 and scalars["accuracy/test/net2"] == 0.5
+    assert table == [[2, 0, 0], [2, 0, 0], [0, 0, 0]]
+    assert "accuracy/class/c" not in scalars and scalars["accuracy/test_mean_class"] == 0.5
+
+
+def test_a_relabelled_sample_keeps_its_label_within_the_epoch_and_is_judged_by_the_given_one(tiny, tmp_path):
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "a", "--delta", "0.9999"]) == 0
+    history = lines(tmp_path / "a")  # no margin is that large: nothing changes
+    assert [line["relabel/changed"] for line in history] == [0, 0, 0]
+    assert "relabel/precision" not in history[-1] and history[-1]["relabel/recall"] == 0
+
+
+def test_ablations_train_what_they_say(tiny, tmp_path):
+    flags = {"one": ["--networks", "1", "--lambda-max", "0", "--no-relabel"], "two": ["--lambda-max", "0", "--no-relabel"], "keep": ["--no-relabel"]}
+    for name, extra in flags.items():
+        assert cocuring.main([*tiny, *extra, "--epochs", "2", "--out", str(tmp_path), "--name", name]) == 0
+    one, two, keep = (lines(tmp_path / name) for name in flags)
+    assert all(line["relabel/changed"] == 0 for line in one + two + keep)
+    assert [line["weight/lambda"] for line in two] == [0, 0] and keep[0]["weight/lambda"] > 0
+    assert one[0]["loss/net1"] == pytest.approx(two[0]["loss/net1"], rel=1e-5)  # without mimicry the first peer is the single network
+    assert "accuracy/test/net1" not in one[0]
+
+
+def test_without_noise_there_are_no_clean_labels_to_compare_with(tiny, tmp_path):
+    assert cocuring.main([*tiny, "--noise", "0", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    assert "labels/accuracy" not in lines(tmp_path / "run")[0]
+    assert (tmp_path / "run" / "labels.csv").read_text().splitlines()[0] == "name,given,final,score"
+
+
+def test_the_real_backbone_trains_in_the_devices_own_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(toyfaces, "SPLITS", {"train": 16, "valid": 8, "test": 8})
+    assert cocuring.main(["--noise", "0.4", "--size", "32", "--batch-size", "8", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    network = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["networks"][0]
+    assert network["backbone.layer4.1.conv2.weight"].shape == (512, 512, 3, 3) and network["head.weight"].shape == (7, 512)
+
+
+def test_oversampling_runs_and_draws_every_class(tiny, tmp_path):
+    assert cocuring.main([*tiny, "--oversample", "--out", str(tmp_path), "--name", "run"]) == 0
+    assert len(lines(tmp_path / "run")) == 3
+
+
+# Resuming
+
+
+def same_end(a, b):
+    assert lines(a) == lines(b)
+    assert (a / "labels.csv").read_text() == (b / "labels.csv").read_text()
+    first, second = torch.load(a / "model.pt", weights_only=True)["networks"], torch.load(b / "model.pt", weights_only=True)["networks"]
+    assert all(torch.equal(x[key], y[key]) for x, y in zip(first, second) for key in x)
+
+
+def test_a_run_stopped_between_epochs_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "whole"]) == 0
+    save = common.Run.save
+
+    def save_and_stop(self, **state):
+        if state["epoch"] == 2:  # after the line in metrics.jsonl, before the checkpoint
+            raise KeyboardInterrupt
+        save(self, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save", save_and_stop)
+        assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 130
+    assert len(lines(tmp_path / "cut")) == 2
+    time.sleep(1.1)  # TensorBoard orders the event files of a folder by the second in their names
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 2  # unfinished: needs --resume
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut", "--resume"]) == 0
+    same_end(tmp_path / "whole", tmp_path / "cut")
+    events = EventAccumulator(str(tmp_path / "cut")).Reload()
+    assert [e.step for e in events.Scalars("accuracy/test")] == [1, 2, 3]
+
+
+def test_a_run_stopped_before_its_end_only_finishes(tiny, tmp_path, monkeypatch):
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "write_hparams", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 130
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut", "--resume"]) == 0
+    same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_with_nothing_to_resume_starts_from_the_beginning(tiny, tmp_path):
+    assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run", "--resume"]) == 0
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_resume_refuses_other_arguments(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 130
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run", "--resume", "--beta", "3"]) == 2
+    assert "beta was 0.65" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+SCRIPT = """
+import sys, toyfaces, cocuring, common
+from test_cocuring import Tiny
+toyfaces.SPLITS = {"train": 48, "valid": 16, "test": 16}
+common.BACKBONES["resnet18"] = Tiny
+sys.exit(cocuring.main(sys.argv[1:]))
+"""
+
+
+def start(arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_killed_run_resumes_to_the_end_of_one_that_was_not(tiny, tmp_path):
+    arguments = [*tiny, "--epochs", "5", "--out", str(tmp_path)]
+    process = start([*arguments, "--name", "killed"])
+    wait_for(tmp_path / "killed" / "last.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "model.pt").exists()
+    assert cocuring.main([*arguments, "--name", "killed", "--resume"]) == 0
+    assert cocuring.main([*arguments, "--name", "whole"]) == 0
+    same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny, tmp_path):
+    process = start([*tiny, "--epochs", "500", "--out", str(tmp_path), "--name", "run"])
+    wait_for(tmp_path / "run" / "last.pt", process)
+    assert cocuring.main([*tiny, "--epochs", "500", "--out", str(tmp_path), "--name", "run", "--resume"]) == 2  # in use
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in error and "Traceback" not in error
+    assert not list((tmp_path / "run").glob("*.tmp*"))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--noise", "1"], "noise"),
+    (["--noise", "-0.1"], "noise"),
+    (["--noise", "0.2", "--labels", "x.csv"], "--labels"),
+    (["--networks", "1"], "--networks 1"),
+    (["--batch-size", "49"], "--batch-size 49"),
+    (["--limit", "49"], "--limit 49"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--device", "nonsense"], "nonsense"),
+    (["--pretrained", "missing.pth"], "missing.pth"),
+    (["--labels", "missing.csv"], "missing.csv"),
+    (["--data", "raf", "--root", "nowhere"], "--data toy"),
+    (["--data", "raf", "--difficulty", "1"], "--difficulty"),
+    (["--data", "toy", "--root", "somewhere"], "--root"),
+    (["--classes", "8"], "--classes 8"),
+    (["--resume", "--overwrite"], "--overwrite"),
+    (["--lambda-max", "1.5"], "lambda-max"),
+    (["--epochs", "0"], "epochs"),
+    (["--beta", "nan"], "beta"),
+    (["--data", "nothing"], "nothing"),
+])
+def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
+    monkeypatch.chdir(tmp_path)
+    assert cocuring.main(["--size", "32", "--batch-size", "12", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_refused_and_kept(tiny, tmp_path, capsys):
+    arguments = [*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]
+    assert cocuring.main(arguments) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert cocuring.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert all(flag in error for flag in ("--overwrite", "--name", "--resume"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert cocuring.main([*arguments, "--resume"]) == 2
+    assert cocuring.main([*arguments, "--overwrite", "--seed", "2"]) == 0
+    assert len(lines(tmp_path / "run")) == 1 and (tmp_path / "run" / "metrics.jsonl").read_text() != before
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tiny, tmp_path, monkeypatch, capsys):
+    honest = cocuring.peer_losses
+
+    def poisoned(logits1, logits2, labels, lam):
+        loss1, loss2 = honest(logits1, logits2, labels, lam)
+        return (loss1 * float("nan") if lam > 0.7 else loss1), loss2  # from the second epoch on
+
+    monkeypatch.setattr(cocuring, "peer_losses", poisoned)
+    assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "epoch 2, step 1 of 4" in error and "last.pt (epoch 1)" in error
+    assert len(lines(tmp_path / "run")) == 1
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for n in state["networks"] for v in n.values())
+
+
+def test_a_run_of_another_method_is_not_resumed(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"])
+    file = tmp_path / "run" / "args.json"
+    file.write_text(file.read_text().replace('"method": "cocuring"', '"method": "scn"'))
+    assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run", "--resume"]) == 2
+    assert "scn" in capsys.readouterr().err
+
+
+# Command line
+
+
+def test_presets_depend_on_the_data_and_explicit_flags_win():
+    toy, raf = cocuring.parse_args([]), cocuring.parse_args(["--data", "raf", "--pretrained", "x.pth", "--batch-size", "32"])
+    assert (toy.size, toy.beta, toy.root, toy.noise_seed) == (48, 0.65, "data/toy", 1)
+    assert (raf.size, raf.epochs, raf.batch_size, raf.beta, raf.lr, raf.head_lr, raf.lambda_max) == (224, 40, 32, 0.65, 1e-3, 1e-2, 0.9)
+
+
+@pytest.mark.parametrize("argv, name", [
+    ([], "cocuring-toy-n0-s1"),
+    (["--noise", "0.4", "--seed", "3"], "cocuring-toy-n0.4-s3"),
+    (["--noise", "0.4", "--lambda-max", "0", "--no-relabel"], "cocuring-toy-n0.4-lambda-max0.0-no-relabel-s1"),
+    (["--data", "raf", "--labels", "some/list of noise.csv", "--device", "cpu", "--out", "x"], "cocuring-raf-n0-labelslist_of_noise-s1"),
+])
+def test_the_default_name_shows_what_differs_from_the_preset(argv, name):
+    assert cocuring.parse_args(argv).name == name
+
+
+def test_help_names_the_source_of_every_method_default(capsys):
+    assert cocuring.main(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    section = shown.split("Co-curing:")[-1]
+    for flag in ("--beta", "--lambda-max", "--ramp", "--delta", "--t-warm", "--networks", "--decay", "--jitter", "--crop"):
+        text = section.split(flag + " ")[1][:250]
+        assert "paper" in text or "ours" in text or "official code" in text, flag
