@@ -29,9 +29,9 @@ import common
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, beta=6.0, delta=0.5, t_warm=20),
     "scratch ferplus": dict(size=48),
-    "scratch toy": dict(size=48, epochs=20, batch_size=64, beta=0.65, delta=0.2, t_warm=8),
+    "scratch toy": dict(size=48, epochs=16, batch_size=64, beta=0.65, delta=0.2, t_warm=8),
     "pretrained": dict(size=224, epochs=40, batch_size=128, beta=0.65, delta=0.2, t_warm=10),
-    "pretrained toy": dict(size=48, epochs=20, batch_size=64, t_warm=8),
+    "pretrained toy": dict(size=48, epochs=16, batch_size=64, t_warm=8),
 }
 
 

@@ -515,6 +515,7 @@ def figure_of_curves(history: list[dict], split: str):
         if points:
             axes.plot(*zip(*points), label=name, color=colour, marker=".")
     axes.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
