@@ -209,7 +209,8 @@ class Pixels:
             for part in slices:
                 yield part, order[part], self.images[order[part]]
             return
-        ready, stop = queue.Queue(maxsize=2), threading.Event()  # one thread reads ahead, into pinned memory
+        ready, stop = queue.Queue(maxsize=2), threading.Event()  # one thread reads ahead, into pinned memory for CUDA
+        pin = Tensor.pin_memory if self.device.type == "cuda" else Tensor.contiguous
 
         def put(item):
             while not stop.is_set():
@@ -221,7 +222,7 @@ class Pixels:
         def read():
             try:
                 for part in slices:
-                    put((part, order[part].pin_memory(), self.images[order[part]].pin_memory()))
+                    put((part, pin(order[part]), pin(self.images[order[part]])))
                     if stop.is_set():
                         return
                 put(None)
@@ -372,7 +373,7 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not there ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: not there ({str(error).split(chr(10))[0]})") from None
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -454,7 +455,7 @@ def load_checkpoint(path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        raise UserError(f"{path}: cannot be loaded as a checkpoint ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be loaded as a checkpoint ({type(error).__name__}: {str(error).split(chr(10))[0]})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state

@@ -1,0 +1,174 @@
+import json
+
+import pytest
+import torch
+from conftest import RAF_TRAIN, build_ferplus, build_folder_splits, build_raf
+
+import inject_noise
+from datasets import RAF_CLASSES, RAF_CONFUSIONS, load_data, load_train_index
+
+
+@pytest.fixture
+def write(raf, tmp_path):
+    """write("--noise", "0.5", ...) -> the file that inject_noise.py writes for the small RAF-DB, and its json."""
+
+    def run(*flags, data="raf", root=raf, output=tmp_path / "noisy.csv"):
+        assert inject_noise.main(["--data", data, "--root", str(root), "--output", str(output), *flags]) == 0
+        return output, json.loads(output.with_suffix(".json").read_text())
+
+    return run
+
+
+def read(file):
+    """{name: class} of a csv label file."""
+    header, *lines = file.read_text().splitlines()
+    assert header == "name,label"
+    return dict(line.rsplit(",", 1) for line in lines)
+
+
+KINDS = [[], ["--noise-type", "asymmetric"], ["--noise-seed", "9"], ["--seed", "4"], ["--limit", "14"]]
+
+
+@pytest.mark.parametrize("flags", KINDS)
+def test_the_file_has_the_labels_of_the_same_noise(flags, write, raf, arguments):
+    file, _ = write("--noise", "0.5", *flags)
+    train, _ = load_data(arguments("raf", raf, "--noise", "0.5", *flags))
+    assert read(file) == {name: train.classes[label] for name, label in zip(train.names, train.labels)}
+
+
+@pytest.mark.parametrize("style", ["csv", "list"])
+@pytest.mark.parametrize("flags", KINDS)
+def test_a_script_given_the_file_trains_on_the_same_labels(flags, style, write, raf, arguments):
+    file, _ = write("--noise", "0.5", "--format", style, *flags)
+    limit = flags if "--limit" in flags else []
+    injected, _ = load_data(arguments("raf", raf, "--noise", "0.5", *flags))
+    given, _ = load_data(arguments("raf", raf, "--labels", str(file), *limit))
+    assert torch.equal(given.labels, injected.labels) and torch.equal(given.clean, injected.clean)
+    assert given.names == injected.names and (given.labels != given.clean).any()
+
+
+@pytest.mark.parametrize("data, build, flags", [
+    ("ferplus", build_ferplus, []), ("ferplus", build_ferplus, ["--classes", "7"]), ("ferplus", build_ferplus, ["--noise-type", "asymmetric"]),
+    ("folder", build_folder_splits, []),
+])
+def test_other_data_sets_come_back_too(data, build, flags, write, tmp_path, arguments):
+    root = build(tmp_path / "data")
+    file, _ = write("--noise", "0.5", *flags, data=data, root=root)
+    classes = flags if "--classes" in flags else []
+    injected, _ = load_data(arguments(data, root, "--noise", "0.5", *flags))
+    given, _ = load_data(arguments(data, root, "--labels", str(file), *classes))
+    assert torch.equal(given.labels, injected.labels) and torch.equal(given.clean, injected.clean)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_the_json_says_what_was_done(kind, write, raf, arguments):
+    _, record = write("--noise", "0.5", "--noise-type", kind, "--noise-seed", "3")
+    _, noisy, clean = load_train_index(arguments("raf", raf, "--noise", "0.5", "--noise-type", kind, "--noise-seed", "3"))
+    assert (record["data"], record["rate"], record["type"], record["seed"], record["limit"]) == ("raf", 0.5, kind, 3, None)
+    assert record["images"] == RAF_TRAIN and record["changed"] == (noisy != clean).sum() == 14
+    assert record["columns"] == [entry["class"] for entry in record["classes"]] == list(RAF_CLASSES)
+    for c, entry in enumerate(record["classes"]):
+        assert (entry["images"], entry["changed"]) == (4, 2)
+        shares = torch.bincount(noisy[clean == c], minlength=7) / 4
+        assert entry["transition"] == pytest.approx(shares.tolist(), abs=1e-6)
+        assert sum(entry["transition"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_asymmetric_noise_goes_to_the_confusion_partner(write):
+    _, record = write("--noise", "0.25", "--noise-type", "asymmetric")
+    for c, entry in enumerate(record["classes"]):
+        assert {i: share for i, share in enumerate(entry["transition"]) if share} == {c: 0.75, RAF_CONFUSIONS[c]: 0.25}
+
+
+def test_the_list_format_is_that_of_raf(write, raf, arguments):
+    file, _ = write("--noise", "0.5", "--format", "list")
+    index, noisy, _ = load_train_index(arguments("raf", raf, "--noise", "0.5"))
+    assert file.read_text() == "".join(f"{name} {label + 1}\n" for name, label in zip(index.names, noisy.tolist()))
+
+
+def test_limit_writes_the_labels_of_the_subset_alone(write, raf, arguments):
+    file, record = write("--noise", "0.5", "--limit", "14")
+    names = load_train_index(arguments("raf", raf, "--limit", "14"))[0].names
+    assert list(read(file)) == names and record["images"] == record["limit"] == 14
+    assert [entry["images"] for entry in record["classes"]] == [2] * 7
+
+
+def test_a_class_without_images_has_a_row_of_zeros(write, tmp_path):
+    root = build_ferplus(tmp_path / "data")
+    table = root / "FER2013Train" / "label.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.strip().endswith("8,0,0,0") and ",0,8,0,0" not in line))
+    _, record = write("--noise", "0.5", data="ferplus", root=root)
+    empty = [entry for entry in record["classes"] if entry["images"] == 0]
+    assert [entry["class"] for entry in empty] == ["contempt"] and empty[0]["transition"] == [0] * 8
+
+
+def test_the_output_is_reproducible_and_depends_on_the_seed(write, tmp_path):
+    a, b, c = (write("--noise", "0.5", "--seed", seed, output=tmp_path / f"{name}.csv")[0].read_text() for name, seed in ("a1", "b1", "c2"))
+    assert a == b != c
+
+
+def test_the_default_name_says_what_it_is(few_toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert inject_noise.main(["--data", "toy", "--noise", "0.2", "--seed", "1"]) == 0
+    assert inject_noise.main(["--data", "toy", "--noise", "0.4", "--noise-seed", "3", "--noise-type", "asymmetric", "--format", "list"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "noise-toy-asymmetric-0.4-s3.json", "noise-toy-asymmetric-0.4-s3.txt", "noise-toy-symmetric-0.2-s1.csv", "noise-toy-symmetric-0.2-s1.json",
+    ]
+
+
+def test_the_toy_file_is_read_by_a_script(few_toys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    inject_noise.main(["--noise", "0.2", "--seed", "1"])
+    _, labels, clean = load_train_index(arguments("toy", None, "--labels", "noise-toy-symmetric-0.2-s1.csv"))
+    _, noisy, own = load_train_index(arguments("toy", None, "--noise", "0.2", "--noise-seed", "1"))
+    assert torch.equal(labels, noisy) and torch.equal(clean, own)
+
+
+@pytest.mark.parametrize("there", ["noisy.csv", "noisy.json"])
+def test_files_that_are_there_are_kept_unless_overwrite(there, raf, tmp_path, capsys):
+    argv = ["--data", "raf", "--root", str(raf), "--noise", "0.5", "--output", str(tmp_path / "noisy.csv")]
+    (tmp_path / there).write_text("precious")
+    assert inject_noise.main(argv) == 2
+    assert (tmp_path / there).read_text() == "precious" and str(tmp_path / there) in capsys.readouterr().err
+    assert inject_noise.main([*argv, "--overwrite"]) == 0
+    assert len(read(tmp_path / "noisy.csv")) == RAF_TRAIN and json.loads((tmp_path / "noisy.json").read_text())["seed"] == 1
+
+
+def test_an_output_named_json_does_not_lose_the_labels(few_toys, tmp_path):
+    status = inject_noise.main(["--noise", "0.5", "--output", str(tmp_path / "noisy.json")])
+    assert status == 2 or read(tmp_path / "noisy.json")
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--noise", "0"], ["--noise", "1"], ["--noise", "-0.1"], ["--noise", "nan"], ["--noise", "some"], ["--noise", "0.5", "--limit", "29"],
+    ["--noise", "0.5", "--classes", "8"], ["--noise", "0.5", "--noise-type", "pair"], ["--noise", "0.5", "--labels", "a.csv"],
+])
+def test_bad_arguments_are_status_2_one_line_and_no_file(flags, raf, tmp_path, capsys):
+    assert inject_noise.main(["--data", "raf", "--root", str(raf), "--output", str(tmp_path / "noisy.csv"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert "error: " in message and message.count("\n") == 1
+    assert not list(tmp_path.glob("noisy*"))
+
+
+def test_a_missing_data_set_is_status_2(tmp_path, capsys):
+    assert inject_noise.main(["--data", "raf", "--root", str(tmp_path / "none"), "--noise", "0.5"]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_classes_without_confusion_partners_are_status_2(tmp_path, capsys):
+    root = build_folder_splits(tmp_path / "data")
+    argv = ["--data", "folder", "--root", str(root), "--noise", "0.5", "--noise-type", "asymmetric", "--output", str(tmp_path / "noisy.csv")]
+    assert inject_noise.main(argv) == 2
+    assert "confusion partner" in capsys.readouterr().err
+
+
+def test_the_table_on_the_screen_counts_the_changes(write, capsys):
+    write("--noise", "0.25")
+    out = capsys.readouterr().out
+    assert "7 of 28 labels changed" in out and out.count("1 of 4") == 7
+
+
+def test_labels_do_not_depend_on_the_layout(write, tmp_path):
+    from_one = write("--noise", "0.5", output=tmp_path / "a.csv")[0]
+    from_two = write("--noise", "0.5", root=build_raf(tmp_path / "lists", separate=True), output=tmp_path / "b.csv")[0]
+    assert from_one.read_text() == from_two.read_text()
