@@ -41,13 +41,16 @@ except ImportError:  # Windows: two processes in one run folder are not noticed 
 
 
 def reports_errors(main):
-    """Decorator of a script's main(argv=None) -> int: 0 is success, 2 bad input (one line on stderr), 130 Ctrl-C."""
+    """Decorator of a script's main(argv=None) -> int: 0 is success, 2 bad input (one line on stderr), 130 Ctrl-C.
+
+    A file that cannot be written (no such folder, no space) counts as bad input.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None) -> int:
         try:
             return main(argv)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             return 2
         except SystemExit as exit_:  # argparse: 0 after --help, 2 after a bad argument

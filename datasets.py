@@ -114,18 +114,21 @@ def label_base(values, num_classes: int, where) -> int:
     raise UserError(f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; write class names instead")
 
 
-def read_rows(path, what="'name label'") -> list[tuple[int, str, str]]:
-    """(line number, name, label) of each line of a list: two fields, divided by a comma, a tab or the last blank."""
+def read_rows(path) -> tuple[list[tuple[int, str, str]], bool]:
+    """(line number, name, label) of each line of a list, and whether the list has a header, as a csv of names does.
+
+    Without a header a line ends in a blank and a number, or is divided by a comma, or by its last blank.
+    """
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    header = bool(lines) and lines[0][1].lower() in ("name,label", "image,label")
     rows = []
-    for line_number, line in enumerate(read_text(path).splitlines(), 1):
-        line = line.strip()
-        if not line:
-            continue
-        fields = next(csv.reader([line])) if "," in line else line.rsplit(None, 1)
+    for line_number, line in lines[header:]:
+        blank = not header and (re.search(r"[^\s,]\s+-?\d+$", line) or "," not in line)
+        fields = line.rsplit(None, 1) if blank else next(csv.reader([line]))
         if len(fields) != 2 or not fields[0].strip() or not fields[1].strip():
-            raise UserError(f"{path}, line {line_number}: {line!r} is not {what}")
+            raise UserError(f"{path}, line {line_number}: {line!r} is not a name and a label")
         rows.append((line_number, fields[0].strip(), fields[1].strip()))
-    return rows
+    return rows, header
 
 
 def read_text(path) -> str:
@@ -163,7 +166,7 @@ def read_raf(root: Path, split: str) -> Index:
     lists = [folder / n for n in ("list_patition_label.txt", "list_partition_label.txt", f"{split}_label.txt") if (folder / n).is_file()]
     kaggle = root / "DATASET" if (root / "DATASET").is_dir() else root
     if lists:
-        rows = read_rows(lists[0])
+        rows, _ = read_rows(lists[0])
         labels = numbered_labels(rows, lists[0], 7) if rows else []
         aligned = root / "Image" / "aligned"
         if not aligned.is_dir():
@@ -177,19 +180,18 @@ def read_raf(root: Path, split: str) -> Index:
     elif (kaggle / split).is_dir():
         table = next((p for p in (root / f"{split}_labels.csv", kaggle.parent / f"{split}_labels.csv") if p.is_file()), None)
         if table:
-            rows = read_rows(table, "'image,label'")
-            rows = rows[1:] if rows and rows[0][1:] == ("image", "label") else rows
+            rows, _ = read_rows(table)
             labels = numbered_labels(rows, table, 7) if rows else []
             index = Index([n for _, n, _ in rows], labels, RAF_CLASSES, [kaggle / split / str(l + 1) / n for (_, n, _), l in zip(rows, labels)])
         else:
             paths = [p for p in sorted((kaggle / split).glob("*/*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-            numbers = [as_int(p.parent.name, p.parent, 1) for p in paths]
-            base = label_base(numbers, 7, kaggle / split) if paths else 1
-            index = Index([p.name for p in paths], [n - base for n in numbers], RAF_CLASSES, paths)
+            strange = [p.parent for p in paths if not p.parent.name.isdecimal()]
+            if strange:
+                raise UserError(f"--data raf: {strange[0]} is not named by a label, 1 to 7")
+            base = label_base([int(p.parent.name) for p in paths], 7, kaggle / split) if paths else 1
+            index = Index([p.name for p in paths], [int(p.parent.name) - base for p in paths], RAF_CLASSES, paths)
     else:
         raise not_found("raf", root, "EmoLabel/list_patition_label.txt (official layout) and DATASET/train (Kaggle layout)")
-    if not index.names:
-        raise UserError(f"--data raf: {root} has no {split} images")
     return index
 
 
@@ -224,12 +226,14 @@ def read_ferplus(root: Path, split: str) -> Index:
         for (n, row), (pixel_line, pixel_row) in zip(votes[1:], pixels[1:]):
             if pixel_row[2].strip() != row[0].strip():
                 raise UserError(f"{table}, line {n}: usage {row[0]!r} but {pixel_row[2]!r} in fer2013.csv, line {pixel_line}")
-            if row[0] == usage and row[1]:  # lines without an image name have no votes
+            if row[0].strip() == usage and row[1]:  # lines without an image name have no votes
                 rows.append((n, row[1], row[2:]))
                 sources.append((f"{root / 'fer2013.csv'}, line {pixel_line}", pixel_row[1]))
     else:
         raise not_found("ferplus", root, f"{folder.name}/label.csv (or fer2013.csv with fer2013new.csv)")
     counts = np.array([[as_int(v, table, n) for v in row] for n, _, row in rows]).reshape(-1, 10)
+    if (counts < 0).any():
+        raise UserError(f"{table}, line {rows[int((counts < 0).any(1).argmax())][0]}: a count of votes is negative")
     labels = majority(counts)
     kept = np.flatnonzero(labels >= 0).tolist()
     print(f"FERPlus {split}: {len(kept):,} of {len(rows):,} images have a majority in {table.name}")
@@ -252,7 +256,9 @@ def read_folder(root: Path, split: str) -> Index:
     """root/{train,test}/<class>/*, or root/<class>/* with a fixed fifth of each class, by a hash of the name, as test set."""
     if not root.is_dir():
         raise not_found("folder", root, "the folder itself")
-    split_folders = (root / "train").is_dir() and (root / "test").is_dir()
+    split_folders = (root / "train").is_dir()
+    if split_folders and not (root / "test").is_dir():
+        raise UserError(f"--data folder: {root} has a folder train but none named test; {ORIGIN['folder']}")
     top = root / "train" if split_folders else root
     found = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
     classes = tuple(canonical(name) for name in found)
@@ -267,15 +273,14 @@ def read_folder(root: Path, split: str) -> Index:
                 raise UserError(f"--data folder: {path} is not among the classes of {root / 'train'}: {', '.join(found)}")
     index = Index([], [], classes)
     for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        names = [p.relative_to(root).as_posix() for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+        paths = [p.relative_to(root) for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+        names = [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
         if not split_folders:
             tests = set(sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())[: round(len(names) / 5)])
             names = [n for n in names if (n in tests) == (split == "test")]
         index.names += names
         index.labels += [classes.index(canonical(folder.name))] * len(names)
     index.sources = [root / name for name in index.names]
-    if not index.names:
-        raise UserError(f"--data folder: {top} has no {split} images ({', '.join(IMAGE_SUFFIXES)})")
     return index
 
 
@@ -301,6 +306,8 @@ def read_index(args, split: str) -> Index:
             index = index.take(tenth if split == "valid" else sorted(set(range(len(index.labels))) - set(tenth)))
     if args.classes:
         index = keep_classes(index, args)
+    if not index.names:
+        raise UserError(f"--data {args.data}: {root} has no {split} images")
     if split == "train" and len(set(index.labels)) < 2:
         raise UserError(f"--data {args.data}: the training images of {root} have fewer than two classes")
     return index
@@ -353,7 +360,7 @@ def open_image(source):
         return Image.open(source)
     except FileNotFoundError:
         raise UserError(f"{source}: the image is missing") from None
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         raise UserError(f"{source}: is not an image that can be read") from None
 
 
@@ -361,6 +368,8 @@ def decode(source, size: tuple[int, int], grey: bool) -> np.ndarray:
     """uint8 (C, H, W) of a source, turned upright by its EXIF tag, resized to (width, height) `size`, not cropped."""
     image = open_image(source)
     try:
+        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
     except (OSError, SyntaxError) as error:
         raise UserError(f"{source}: the image is truncated or damaged ({error})") from None
@@ -388,13 +397,21 @@ def decode_all(index: Index, args, split: str) -> Tensor:
     place = hashlib.sha256(str(Path(args.root).resolve()).encode()).hexdigest()[:8]
     file = Path(args.cache) / f"{args.data}-{place}-{split}{len(index.names)}-{args.size}px.npy"
     note = file.with_suffix(".json")
-    wanted = {"inputs": stamp.hexdigest(), "images": len(index.names), "root": str(args.root), "size": args.size}
+    wanted = {"inputs": stamp.hexdigest(), "images": len(index.names), "size": args.size}
     try:
         fresh = json.loads(note.read_text()) == wanted and file.is_file()
     except (OSError, ValueError):
         fresh = False
-    if not fresh:
-        build_cache(index, args, split, file, note, wanted)
+    if fresh:
+        try:
+            return load_array(file)
+        except (OSError, ValueError, EOFError):
+            pass  # damaged: decoded anew
+    build_cache(index, args, split, file, note, wanted)
+    return load_array(file)
+
+
+def load_array(file: Path) -> Tensor:
     large = file.stat().st_size > IN_MEMORY
     return torch.from_numpy(np.load(file, mmap_mode="c" if large else None))  # "c": torch wants a writable view
 
@@ -407,7 +424,7 @@ def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict)
             modes.add(image.mode)
     native = sizes.pop() if len(sizes) == 1 else (0, 1)
     size = native if native[0] == native[1] <= args.size else (args.size, args.size)
-    grey = modes <= {"L", "1", "LA"}
+    grey = all(mode in ("L", "1", "LA") or mode.startswith("I") for mode in modes)
     file.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)  # so that no old note ever stands beside new images
 
@@ -537,12 +554,11 @@ def read_labels(path, index: Index) -> Tensor:
     own list and the published files: docs/data.md). Lines of other images are passed over. Raises UserError with the
     line for what is malformed, outside the classes, doubled with another label, or in an unclear numbering.
     """
-    rows = read_rows(path)
-    if rows and (rows[0][1].lower(), rows[0][2].lower()) in (("name", "label"), ("image", "label")):
-        rows = rows[1:]
+    rows, header = read_rows(path)
     if not rows:
         raise UserError(f"{path}: no labels in it")
-    integers = re.fullmatch(r"-?\d+", rows[0][2]) is not None
+    named = header and all(canonical(text) in index.classes for _, _, text in rows)  # a class may be named by a number
+    integers = not named and re.fullmatch(r"-?\d+", rows[0][2]) is not None
     if integers:
         labels = numbered_labels(rows, path, len(index.classes))
     else:
@@ -552,16 +568,15 @@ def read_labels(path, index: Index) -> Tensor:
                 raise UserError(f"{path}, line {line_number}: label {text!r} is not among the classes {', '.join(index.classes)}")
             labels.append(index.classes.index(canonical(text)))
 
-    keys = [name_key(name) for name in index.names]
-    by_key = name_key if len(set(keys)) == len(keys) else str  # names that differ in their folder alone: whole names only
+    key = str if any("/" in name for name in index.names) else name_key  # names in folders are unique only as a whole
     table = {}
     for (line_number, name, _), label in zip(rows, labels):
-        if table.setdefault(by_key(name), label) != label:
+        if table.setdefault(key(name), label) != label:
             raise UserError(f"{path}, line {line_number}: {name} has another label in an earlier line")
-    missing = [name for name in index.names if by_key(name) not in table]
+    missing = [name for name in index.names if key(name) not in table]
     if missing:
         raise UserError(f"{path}: no label for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}")
-    labels = torch.tensor([table[by_key(name)] for name in index.names])
+    labels = torch.tensor([table[key(name)] for name in index.names])
     if integers and index.classes == RAF_CLASSES:
         check_order(labels, torch.tensor(index.labels), path)
     return labels

@@ -28,8 +28,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     common.check_data_args(args, parser)
     if args.output is None:
-        suffix = "csv" if args.format == "csv" else "txt"
-        args.output = f"noise-{args.data}-{args.noise_type}-{args.noise:g}-s{args.noise_seed}.{suffix}"
+        suffix = ".csv" if args.format == "csv" else "-list.txt"
+        args.output = f"noise-{args.data}-{args.noise_type}-{args.noise:g}-s{args.noise_seed}{suffix}"
+    if Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir():
+        parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
     return args
 
 

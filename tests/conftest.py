@@ -84,7 +84,7 @@ def ferplus_rows():
         for counts in votes:
             number = len(rows)
             pixels = np.asarray(picture([7, number], 48, 48, grey=True))
-            rows.append((part, f"fer{number:07d}.png" if counts else "", counts or [0] * 8 + [10, 0], pixels))
+            rows.append((part, f"fer{number:07d}.png" if counts else "", counts or votes_for(0), pixels))
     return rows
 
 

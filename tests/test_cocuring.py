@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cocuring
 import common
 import toyfaces
+from conftest import build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf, build_raf_kaggle
 from cocuring import peer_losses, ramp_up, relabel
 
 ROOT = Path(cocuring.__file__).parent
@@ -263,6 +264,16 @@ def test_the_real_backbone_trains_in_the_devices_own_precision(tmp_path, monkeyp
 def test_oversampling_runs_and_draws_every_class(tiny, tmp_path):
     assert cocuring.main([*tiny, "--oversample", "--out", str(tmp_path), "--name", "run"]) == 0
     assert len(lines(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("data, build", [
+    ("raf", build_raf), ("raf", build_raf_kaggle), ("ferplus", build_ferplus), ("ferplus", build_ferplus_csv), ("folder", build_folder), ("folder", build_folder_splits),
+])
+def test_the_script_trains_on_every_layout(data, build, tiny, tmp_path):
+    build(tmp_path / "data")
+    place = ["--data", data, "--root", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path), "--name", "run"]
+    assert cocuring.main([*tiny, *place, "--batch-size", "4", "--epochs", "1", "--jitter", "0.3", "--crop", "2"]) == 0
+    assert (tmp_path / "run" / "model.pt").exists() and lines(tmp_path / "run")[0]["labels/accuracy"] < 1
 
 
 # Resuming
