@@ -67,7 +67,7 @@ def reports_errors(main):
 # ----------------------------------------------------------------------------------------------------------------------
 
 DATA_SETS = ("toy", "raf", "ferplus", "folder")
-NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite")  # they say where a run lies, not what it computes
+NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite")  # these say where a run lies, not what it computes
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,8 +141,10 @@ def parse_with_presets(parser, presets: dict, argv, method: str):
     """Parse argv with defaults that depend on --data and --pretrained; explicit flags win.
 
     presets: {"scratch": {...}, "pretrained": {...}} and refinements such as "scratch toy", applied after them.
-    Returns the namespace, with root, noise_seed and name filled in. Prints nothing; `describe_preset` does.
+    Returns the namespace, with root, noise_seed and name filled in, and two that are no settings: preset, a line that
+    says which one is in force, and argv.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     early, _ = parser.parse_known_args(argv)
     start = "scratch" if early.pretrained == "none" else "pretrained"
     preset = presets[start] | presets.get(f"{start} {early.data}", {})
@@ -153,7 +155,7 @@ def parse_with_presets(parser, presets: dict, argv, method: str):
         parser.error("--resume goes on with a run, --overwrite discards it: give one of them")
     if args.name is None:
         args.name = default_name(args, parser, method)
-    args.preset = f"{start} {args.data}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
+    args.argv, args.preset = argv, f"{start} {args.data}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
     return args
 
 
@@ -168,7 +170,7 @@ def check_data_args(args, parser) -> None:
 
 def default_name(args, parser, method: str) -> str:
     """`<method>-<data>-n<noise>-<flags that differ from the preset>-s<seed>`, in characters that any file system takes."""
-    skip = ("data", "noise", "seed", "root", "device", *NOT_SETTINGS)
+    skip = ("data", "noise", "seed", "device", *NOT_SETTINGS, *(["root"] if args.data != "folder" else []))
     changed = []
     for key, value in vars(args).items():
         if key in skip or value == parser.get_default(key):
@@ -571,7 +573,7 @@ def figure_to_tensor(figure) -> Tensor:
 # The run folder
 # ----------------------------------------------------------------------------------------------------------------------
 
-OUTPUTS = ("args.json", "metrics.jsonl", "last.pt", "model.pt", "labels.csv", "confusion.png", "curves.png", "audit.png")
+OUTPUTS = ("model.pt", "last.pt", "metrics.jsonl", "labels.csv", "confusion.png", "curves.png", "audit.png", "args.json")  # in the order of removal
 
 
 class Run:
@@ -584,7 +586,7 @@ class Run:
     def __init__(self, args, method: str):
         self.args, self.method, self.folder = args, method, Path(args.out) / args.name
         self.lock = self.writer = None
-        self.settings = {key: value for key, value in vars(args).items() if key != "preset"}
+        self.settings = {key: value for key, value in vars(args).items() if key not in ("preset", "argv")}
         if not self.folder.is_dir():
             return
         self.lock_folder()
@@ -635,7 +637,7 @@ class Run:
         else:
             for file in [self.folder / name for name in OUTPUTS] + list(self.folder.glob("events.out.tfevents.*")):
                 file.unlink(missing_ok=True)
-            record = {"method": self.method, "args": self.settings, "argv": sys.argv, "versions": versions(), "commit": commit()}
+            record = {"method": self.method, "args": self.settings, "argv": self.args.argv, "versions": versions(), "commit": commit()}
             write_atomically(self.folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         # purge_step: TensorBoard drops what a killed run logged after its last checkpoint
         self.writer = SummaryWriter(self.folder, purge_step=state["epoch"] + 1 if state else None)

@@ -192,6 +192,7 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
     assert np.mean([row["final"] == row["clean"] for row in rows]) == pytest.approx(last["labels/accuracy"])
 
     record = json.loads((folder / "args.json").read_text())
+    assert record["argv"][:2] == ["--noise", "0.4"] and "preset" not in record["args"]
     assert record["args"]["delta"] == 0.01 and record["args"]["noise_seed"] == 1 and set(record["versions"]) == {"python", "torch", "torchvision"}
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model["classes"] == list(toyfaces.CLASSES) and len(model["networks"]) == 2 and model["method"] == "cocuring"
@@ -463,6 +464,8 @@ def test_presets_depend_on_the_data_and_explicit_flags_win():
     ([], "cocuring-toy-n0-s1"),
     (["--noise", "0.4", "--seed", "3"], "cocuring-toy-n0.4-s3"),
     (["--noise", "0.4", "--lambda-max", "0", "--no-relabel"], "cocuring-toy-n0.4-lambda-max0.0-no-relabel-s1"),
+    (["--data", "raf", "--root", "elsewhere/raf"], "cocuring-raf-n0-s1"),
+    (["--data", "folder", "--root", "my/faces"], "cocuring-folder-n0-rootfaces-s1"),
     (["--data", "raf", "--labels", "some/list of noise.csv", "--device", "cpu", "--out", "x"], "cocuring-raf-n0-labelslist_of_noise-s1"),
 ])
 def test_the_default_name_shows_what_differs_from_the_preset(argv, name):
