@@ -130,7 +130,7 @@ def train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, e
     losses, hits, relabelled = [], [], []
     for network in networks:
         network.train()
-    for part, index, images in tqdm(pixels.batches(plan.order, slices), f"epoch {epoch}", len(slices), leave=False):
+    for part, index, images in tqdm(pixels.batches(plan.order, slices), f"epoch {epoch}", len(slices), leave=False, disable=None):
         x = common.network_input(common.augment(images, plan, part, args.crop, args.jitter), args.size)  # one view for both
         y = current[index]
         with common.autocast(x.device, args.precision):

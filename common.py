@@ -610,15 +610,15 @@ class Run:
     def refuse_changes(self) -> None:
         try:
             before = json.loads((self.folder / "args.json").read_text())
-            settings = before["args"]
+            method = before["method"]
         except (OSError, ValueError, KeyError):
             raise UserError(f"{self.folder}/args.json is missing or damaged: the run cannot be resumed, --overwrite discards it") from None
+        if method != self.method:
+            raise UserError(f"{self.folder} holds a run of {method}, not of {self.method}")
         now = json.loads(json.dumps(self.settings))
-        if before["method"] != self.method:
-            raise UserError(f"{self.folder} holds a run of {before['method']}, not of {self.method}")
-        for key in now.keys() | settings.keys():
-            if key not in NOT_SETTINGS and now.get(key) != settings.get(key):
-                raise UserError(f"--resume: {key} was {settings.get(key)} in {self.folder} and is {now.get(key)} now; give the same arguments, or another --name")
+        for key in now:
+            if key not in NOT_SETTINGS and now[key] != before.get(key):
+                raise UserError(f"--resume: {key} was {before.get(key)} in {self.folder} and is {now[key]} now; give the same arguments, or another --name")
 
     def start(self) -> dict | None:
         """Make the folder ready for training. Returns the last checkpoint if there is one to resume, else None."""
@@ -637,7 +637,7 @@ class Run:
         else:
             for file in [self.folder / name for name in OUTPUTS] + list(self.folder.glob("events.out.tfevents.*")):
                 file.unlink(missing_ok=True)
-            record = {"method": self.method, "args": self.settings, "argv": self.args.argv, "versions": versions(), "commit": commit()}
+            record = {"method": self.method, **self.settings, "argv": self.args.argv, "versions": versions(), "commit": commit()}
             write_atomically(self.folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         # purge_step: TensorBoard drops what a killed run logged after its last checkpoint
         self.writer = SummaryWriter(self.folder, purge_step=state["epoch"] + 1 if state else None)

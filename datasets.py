@@ -433,7 +433,7 @@ def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict)
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter lock
             images = pool.map(lambda source: decode(source, size, grey), index.sources)
-            for i, pixels in enumerate(tqdm(images, f"decoding {args.data} {split}", len(index.sources), leave=False, unit="img")):
+            for i, pixels in enumerate(tqdm(images, f"decoding {args.data} {split}", len(index.sources), leave=False, disable=None, unit="img")):
                 array[i] = pixels
         array.flush()
 

@@ -192,8 +192,8 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
     assert np.mean([row["final"] == row["clean"] for row in rows]) == pytest.approx(last["labels/accuracy"])
 
     record = json.loads((folder / "args.json").read_text())
-    assert record["argv"][:2] == ["--noise", "0.4"] and "preset" not in record["args"]
-    assert record["args"]["delta"] == 0.01 and record["args"]["noise_seed"] == 1 and set(record["versions"]) == {"python", "torch", "torchvision"}
+    assert record["argv"][:2] == ["--noise", "0.4"] and "preset" not in record
+    assert record["delta"] == 0.01 and record["noise_seed"] == 1 and set(record["versions"]) == {"python", "torch", "torchvision"}
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model["classes"] == list(toyfaces.CLASSES) and len(model["networks"]) == 2 and model["method"] == "cocuring"
     for figure in ("confusion.png", "curves.png", "audit.png"):
