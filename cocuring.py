@@ -161,14 +161,12 @@ def train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, e
 
 
 @torch.no_grad()
-def predict(networks, pixels, args, batch_size: int = 512) -> list[Tensor]:
+def predict(networks, pixels, args) -> list[Tensor]:
     """Softmax outputs of each network, (N, C), on unaugmented images in evaluation mode."""
     for network in networks:
         network.eval()
-    count = len(pixels.images)
     outputs = [[] for _ in networks]
-    for _, _, images in pixels.batches(torch.arange(count), [slice(i, i + batch_size) for i in range(0, count, batch_size)]):
-        x = common.network_input(images, args.size)
+    for x in pixels.inputs(args.size):
         for network, parts in zip(networks, outputs):
             with common.autocast(x.device, args.precision):
                 logits = network(x)

@@ -246,6 +246,12 @@ class Pixels:
             stop.set()
             thread.join()
 
+    def inputs(self, size: int, batch_size: int = 512):
+        """Yield all images in their order, unaugmented, as network inputs (B, 3, size, size)."""
+        count = len(self.images)
+        for _, _, images in self.batches(torch.arange(count), [slice(i, i + batch_size) for i in range(0, count, batch_size)]):
+            yield network_input(images, size)
+
 
 class EpochPlan:
     """Everything random in an epoch, a function of (seed, epoch): the order of the samples and every draw of augmentation.
@@ -504,6 +510,18 @@ def label_scalars(given: Tensor, current: Tensor, clean: Tensor | None) -> dict[
     return scalars
 
 
+def area_under_curve(scores: Tensor, positive: Tensor) -> float:
+    """Probability that a positive sample has a higher score than a negative one, ties counted half; 0.5 without either kind.
+
+    scores: (N,). positive: bool (N,).
+    """
+    above, below = scores[positive].double(), scores[~positive].double().sort().values
+    if not len(above) or not len(below):
+        return 0.5
+    wins = torch.searchsorted(below, above) + torch.searchsorted(below, above, right=True)
+    return (wins.double().mean() / (2 * len(below))).item()
+
+
 def audit_scores(probs: Tensor, given: Tensor) -> Tensor:
     """How suspicious each given label is, (N,) in [0, 1]: max_k p_k - p_given. probs: (N, C) on unaugmented images."""
     return probs.amax(1) - probs.gather(1, given[:, None])[:, 0]
@@ -573,7 +591,7 @@ def figure_to_tensor(figure) -> Tensor:
 # The run folder
 # ----------------------------------------------------------------------------------------------------------------------
 
-OUTPUTS = ("model.pt", "last.pt", "metrics.jsonl", "labels.csv", "confusion.png", "curves.png", "audit.png", "args.json")  # in the order of removal
+OUTPUTS = ("model.pt", "last.pt", "metrics.jsonl", "labels.csv", "*.png", "events.out.tfevents.*", "args.json")  # in the order of removal
 
 
 class Run:
@@ -635,8 +653,9 @@ class Run:
             write_atomically(self.folder / "metrics.jsonl", lambda path: path.write_text(text))
             print(f"{self.folder}: going on after epoch {state['epoch']}")
         else:
-            for file in [self.folder / name for name in OUTPUTS] + list(self.folder.glob("events.out.tfevents.*")):
-                file.unlink(missing_ok=True)
+            for pattern in OUTPUTS:
+                for file in self.folder.glob(pattern):
+                    file.unlink()
             record = {"method": self.method, **self.settings, "argv": self.args.argv, "versions": versions(), "commit": commit()}
             write_atomically(self.folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         # purge_step: TensorBoard drops what a killed run logged after its last checkpoint
@@ -691,19 +710,19 @@ class Run:
         """Write last.pt: everything that `start` returns when the run is resumed."""
         save_checkpoint(self.folder / "last.pt", method=self.method, **state)
 
-    def finish(self, train: Split, current: Tensor, scores: Tensor, table: list[list[int]], networks: list[dict]) -> None:
+    def finish(self, train: Split, current: Tensor, scores: Tensor, table: list[list[int]], networks: list[dict], figures: dict | None = None) -> None:
         """Write the label audit, the figures, TensorBoard's hparams and, last, model.pt; print best, last5 and final.
 
         current: int64 (N,), the labels after the last epoch. scores: (N,), see `audit_scores`. table: `confusion` of the
-        evaluated split. networks: their state dicts.
+        evaluated split. networks: their state dicts. figures: name -> figure, what the method shows beside the three of all.
         """
         current, scores = current.cpu(), scores.float().cpu()
         order = scores.argsort(descending=True, stable=True).tolist()
         self.write_audit(train, current, scores, order)
         history = self.history()
-        figures = {"curves": figure_of_curves(history, self.args.split), "confusion": figure_of_confusion(table, train.classes),
-                   "audit": figure_of_audit(train, current, scores, order[:32])}
-        for name, figure in figures.items():
+        shown = {"curves": figure_of_curves(history, self.args.split), "confusion": figure_of_confusion(table, train.classes),
+                 "audit": figure_of_audit(train, current, scores, order[:32])} | (figures or {})
+        for name, figure in shown.items():
             write_atomically(self.folder / f"{name}.png", functools.partial(figure.savefig, format="png", dpi=120))
             self.writer.add_image(name, figure_to_tensor(figure), self.args.epochs)
         results = summary(history)
@@ -715,7 +734,7 @@ class Run:
             first = order[:100]
             wrong = (train.labels != train.clean)[first].sum().item()
             print(f"label audit: of the first {len(first)} rows of labels.csv {wrong} are labels that the noise made wrong")
-        print(f"{self.folder}: args.json, metrics.jsonl, labels.csv, confusion.png, curves.png, audit.png, model.pt; tensorboard --logdir {self.args.out}")
+        print(f"{self.folder}: labels.csv, {', '.join(f'{name}.png' for name in shown)}, metrics.jsonl, model.pt; tensorboard --logdir {self.args.out}")
         print(f"best   {results['best']:.2%} of {self.args.split} (epoch {results['best_epoch']}; the epoch is selected on this very split)")
         print(f"last5  {results['last5']:.2%} (mean of the last {min(5, len(history))} epochs)")
         print(f"final  {results['final']:.2%}")

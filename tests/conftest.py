@@ -1,8 +1,10 @@
-"""Small data sets in the layouts in which the real ones come, for the tests that read them."""
+"""Small data sets in the layouts in which the real ones come, a small backbone, and what is read back of a run."""
 
 import csv
+import json
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -10,9 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import cocuring  # noqa: E402
+import common  # noqa: E402
 import toyfaces  # noqa: E402
 
 RAF_TRAIN, RAF_TEST = 28, 14  # four and two images per class
@@ -153,3 +157,34 @@ def few_toys(monkeypatch):
     """Toy splits of 70, 30 and 30 faces."""
     for split, count in (("train", 70), ("valid", 30), ("test", 30)):
         monkeypatch.setitem(toyfaces.SPLITS, split, count)
+
+
+class Tiny(torch.nn.Sequential):
+    """A backbone of a few hundred weights, with a last layer named as in torchvision."""
+
+    def __init__(self):
+        conv = torch.nn.Conv2d(3, 8, 3, stride=4)
+        super().__init__(OrderedDict(conv=conv, bn=torch.nn.BatchNorm2d(8), relu=torch.nn.ReLU(), pool=torch.nn.AdaptiveAvgPool2d(2),
+                                     flat=torch.nn.Flatten(), fc=torch.nn.Linear(32, 1000)))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """48 toy faces, 16 test faces, a small backbone and arguments for a run of a second."""
+    monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
+    monkeypatch.setitem(common.BACKBONES, "resnet18", Tiny)
+    return ["--noise", "0.4", "--size", "32", "--batch-size", "12", "--epochs", "3", "--precision", "fp32"]
+
+
+def lines(folder):
+    """The lines of metrics.jsonl, times aside."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+def same_end(a, b):
+    """Two finished runs left the same numbers, labels and weights."""
+    assert lines(a) == lines(b)
+    assert (a / "labels.csv").read_text() == (b / "labels.csv").read_text()
+    first, second = torch.load(a / "model.pt", weights_only=True)["networks"], torch.load(b / "model.pt", weights_only=True)["networks"]
+    assert all(torch.equal(x[key], y[key]) for x, y in zip(first, second) for key in x)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cocuring
 import common
 import toyfaces
-from conftest import build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf, build_raf_kaggle
+from conftest import build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf, build_raf_kaggle, lines, same_end
 from cocuring import peer_losses, ramp_up, relabel
 
 ROOT = Path(cocuring.__file__).parent
@@ -144,26 +143,9 @@ def test_a_wrong_correction_can_be_taken_back():
 # The script
 
 
-class Tiny(torch.nn.Sequential):
-    """A backbone of a few hundred weights, with a last layer named as in torchvision."""
-
-    def __init__(self):
-        conv = torch.nn.Conv2d(3, 8, 3, stride=4)
-        super().__init__(OrderedDict(conv=conv, bn=torch.nn.BatchNorm2d(8), relu=torch.nn.ReLU(), pool=torch.nn.AdaptiveAvgPool2d(2),
-                                     flat=torch.nn.Flatten(), fc=torch.nn.Linear(32, 1000)))
-
-
 @pytest.fixture
-def tiny(monkeypatch):
-    """48 toy faces, 16 test faces, a small backbone and arguments for a run of a second."""
-    monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
-    monkeypatch.setitem(common.BACKBONES, "resnet18", Tiny)
-    return ["--noise", "0.4", "--size", "32", "--batch-size", "12", "--epochs", "3", "--t-warm", "1", "--delta", "0.01", "--precision", "fp32"]
-
-
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+def tiny(tiny):
+    return [*tiny, "--t-warm", "1", "--delta", "0.01"]
 
 
 def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
@@ -280,13 +262,6 @@ def test_the_script_trains_on_every_layout(data, build, tiny, tmp_path):
 # Resuming
 
 
-def same_end(a, b):
-    assert lines(a) == lines(b)
-    assert (a / "labels.csv").read_text() == (b / "labels.csv").read_text()
-    first, second = torch.load(a / "model.pt", weights_only=True)["networks"], torch.load(b / "model.pt", weights_only=True)["networks"]
-    assert all(torch.equal(x[key], y[key]) for x, y in zip(first, second) for key in x)
-
-
 def test_a_run_stopped_between_epochs_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
     assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "whole"]) == 0
     save = common.Run.save
@@ -334,7 +309,7 @@ def test_resume_refuses_other_arguments(tiny, tmp_path, monkeypatch, capsys):
 
 SCRIPT = """
 import sys, toyfaces, cocuring, common
-from test_cocuring import Tiny
+from conftest import Tiny
 toyfaces.SPLITS = {"train": 48, "valid": 16, "test": 16}
 common.BACKBONES["resnet18"] = Tiny
 sys.exit(cocuring.main(sys.argv[1:]))

@@ -1,0 +1,201 @@
+"""SCN: losses and rules against hand-computed cases, then the script itself, in-process, on tiny input."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from conftest import lines, same_end
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import common
+import scn
+from scn import logit_weighted_cross_entropy, rank_regularization, relabel, relabel_all
+
+# logit_weighted_cross_entropy, Eq. 2
+
+
+def test_weighted_cross_entropy_by_hand():
+    # logits (0, ln 9) times 1/2: softmax (1/4, 3/4)
+    got = logit_weighted_cross_entropy(torch.tensor([[0.0, math.log(9)]]), torch.tensor([0.5]), torch.tensor([0]))
+    assert got.item() == pytest.approx(math.log(4), abs=1e-6)
+
+
+def test_weighted_cross_entropy_and_its_gradients_equal_float64_arithmetic():
+    generator = torch.Generator().manual_seed(0)
+    z = (torch.randn(6, 5, dtype=torch.float64, generator=generator) * 3).requires_grad_()
+    alpha = torch.rand(6, dtype=torch.float64, generator=generator).requires_grad_()
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    loss = logit_weighted_cross_entropy(z, alpha, y)
+    p = (alpha[:, None] * z).softmax(1).detach()
+    assert loss.item() == pytest.approx(-sum(p[i, y[i]].log().item() for i in range(6)) / 6, rel=1e-12)
+    loss.backward()
+    error = (p - torch.eye(5, dtype=torch.float64)[y]) / 6
+    torch.testing.assert_close(z.grad, alpha.detach()[:, None] * error)
+    torch.testing.assert_close(alpha.grad, (z.detach() * error).sum(1))
+
+
+def test_importance_one_is_plain_cross_entropy_and_zero_a_uniform_guess():
+    z, y = torch.randn(4, 7), torch.tensor([0, 1, 2, 3])
+    assert logit_weighted_cross_entropy(z, torch.ones(4), y).item() == pytest.approx(torch.nn.functional.cross_entropy(z, y).item())
+    assert logit_weighted_cross_entropy(z, torch.zeros(4), y).item() == pytest.approx(math.log(7), abs=1e-6)
+
+
+# rank_regularization, Eqs. 3-4
+
+
+@pytest.mark.parametrize("alpha, beta, margin, expected", [
+    ([0.9, 0.8, 0.7, 0.1], 0.5, 0.5, 0.05),  # 0.5 - (0.85 - 0.4)
+    ([0.1, 0.9, 0.7, 0.8], 0.5, 0.5, 0.05),  # ranked, whatever the order
+    ([0.9, 0.8, 0.7, 0.1], 0.5, 0.4, 0.0),  # the gap is wide enough
+    ([0.5, 0.5], 0.7, 0.15, 0.15),  # ties: no gap
+    ([0.9, 0.1], 0.99, 1.0, 0.2),  # the low group keeps one sample
+    ([0.9, 0.1], 0.01, 1.0, 0.2),  # and so does the high group
+    ([0.3], 0.7, 0.15, 0.0),
+])
+def test_rank_regularization_by_hand(alpha, beta, margin, expected):
+    assert rank_regularization(torch.tensor(alpha), beta, margin).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("n, beta, m", [(10, 0.7, 7), (64, 0.7, 44), (3, 0.7, 2), (2, 0.7, 1), (10, 0.3, 3), (100, 0.29, 29)])
+def test_the_high_group_has_the_share_beta(n, beta, m):
+    assert scn.high_count(n, beta) == m
+
+
+def test_rank_gradient_raises_the_high_and_lowers_the_low_group_and_a_learned_margin():
+    alpha = torch.tensor([0.5, 0.6, 0.55, 0.4], dtype=torch.float64, requires_grad=True)
+    margin = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    rank_regularization(alpha, 0.75, margin).backward()  # the gap is 0.15
+    torch.testing.assert_close(alpha.grad, torch.tensor([-1 / 3, -1 / 3, -1 / 3, 1.0], dtype=torch.float64))
+    assert margin.grad.item() == 1
+
+
+def test_rank_regularization_of_one_sample_can_be_differentiated():
+    alpha = torch.tensor([0.3], requires_grad=True)
+    rank_regularization(alpha).backward()
+    assert alpha.grad.item() == 0
+
+
+# relabel, Eq. 5
+
+
+def test_only_the_low_group_is_relabelled():
+    probs = torch.tensor([[0.1, 0.9]] * 4)
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert relabel(probs, torch.tensor([0.9, 0.1, 0.8, 0.2]), labels, beta=0.5).tolist() == [0, 1, 0, 1]
+    assert relabel_all(probs, labels).tolist() == [1, 1, 1, 1]
+    assert labels.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("p, margin, expected", [([0.25, 0.75], 0.5, 0), ([0.25, 0.75], 0.4999, 1), ([0.9, 0.1], 0.0, 0), ([0.5, 0.5], 0.0, 0)])
+def test_the_margin_of_relabelling_is_strict(p, margin, expected):
+    probs = torch.tensor([[0.5, 0.5], p])
+    got = relabel(probs, torch.tensor([0.9, 0.1]), torch.tensor([0, 0]), beta=0.5, margin=margin)
+    assert got.tolist() == [0, expected]
+
+
+def test_ties_leave_both_groups_their_size_and_one_sample_is_left_alone():
+    probs = torch.tensor([[0.0, 1.0]] * 10)
+    labels = torch.zeros(10, dtype=torch.int64)
+    assert relabel(probs, torch.full((10,), 0.5), labels).sum() == 3
+    one = relabel(probs[:1], torch.tensor([0.1]), labels[:1])
+    assert one.tolist() == [0] and one is not labels
+
+
+def test_area_under_the_curve_by_hand():
+    scores, positive = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])
+    assert common.area_under_curve(scores, positive) == 0.75
+    assert common.area_under_curve(torch.ones(4), positive) == 0.5
+    assert common.area_under_curve(scores, torch.ones(4, dtype=torch.bool)) == 0.5
+
+
+# The script
+
+
+def test_alpha_lies_in_0_1_and_is_float32_under_bf16():
+    network = scn.make_network(scn.parse_args([]), 7, torch.device("cpu")).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, alpha = network(torch.randn(3, 3, 48, 48))
+    assert logits.shape == (3, 7) and logits.dtype == alpha.dtype == torch.float32
+    assert (alpha > 0).all() and (alpha < 1).all() and alpha.unique().numel() == 3
+
+
+def test_a_run_logs_weights_and_relabels(tiny, tmp_path):
+    arguments = [*tiny, "--relabel-from", "2", "--margin2", "0.01", "--out", str(tmp_path), "--name", "run"]
+    assert scn.main(arguments) == 0
+    folder = tmp_path / "run"
+    history = lines(folder)
+    last = history[-1]
+    for tag in ("loss/total", "loss/wce", "loss/rank", "weight/high", "weight/low", "weight/auc_clean", "labels/accuracy"):
+        assert tag in last
+    assert last["loss/total"] == pytest.approx((last["loss/wce"] + last["loss/rank"]) / 2, abs=1e-5)
+    assert last["weight/gap"] == pytest.approx(last["weight/high"] - last["weight/low"]) and 0 < last["weight/low"] < last["weight/high"] < 1
+    assert history[0]["relabel/this_epoch"] == 0 and history[1]["relabel/this_epoch"] > 0
+    events = EventAccumulator(str(folder)).Reload()
+    assert "weight" in events.Tags()["histograms"] and {"weights", "audit", "confusion"} <= set(events.Tags()["images"])
+    assert [e.step for e in events.Scalars("weight/high")] == [1, 2, 3]
+    with open(folder / "labels.csv") as file:
+        assert sum(row["given"] != row["final"] for row in csv.DictReader(file)) == last["relabel/changed"]
+    assert (folder / "weights.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ablations_are_told_apart(tiny, tmp_path):
+    def run(*flags):
+        name = "run" + "".join(flags)
+        assert scn.main([*tiny, "--relabel-from", "1", "--margin2", "0.01", *flags, "--out", str(tmp_path), "--name", name]) == 0
+        return lines(tmp_path / name)
+
+    plain = run("--no-weights", "--no-rank", "--no-relabel")
+    assert all(line["loss/total"] == line["loss/wce"] and line["relabel/changed"] == 0 for line in plain)
+    assert plain[0]["weight/auc_clean"] != plain[-1]["weight/auc_clean"]  # the backbone moves it, though nothing trains it
+    low, batch = run(), run("--relabel-batch")
+    assert batch[0]["relabel/this_epoch"] > low[0]["relabel/this_epoch"]
+    rank_only = run("--no-weights", "--no-relabel")
+    assert rank_only[0]["loss/total"] == pytest.approx((rank_only[0]["loss/wce"] + rank_only[0]["loss/rank"]) / 2, abs=1e-5)
+    learned = run("--learn-margin")
+    assert learned[-1]["weight/margin1"] != pytest.approx(0.15, abs=1e-6) and low[-1]["weight/margin1"] == 0.15
+    naive = run("--no-weights", "--no-rank")
+    assert naive[0]["relabel/this_epoch"] > 0
+
+
+def test_both_optimisers_run_their_schedule(tiny, tmp_path):
+    assert scn.main([*tiny, "--optimizer", "sgd", "--lr", "0.1", "--epochs", "8", "--out", str(tmp_path), "--name", "sgd"]) == 0
+    rates = [line["lr"] for line in lines(tmp_path / "sgd")]
+    assert rates == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
+    assert scn.main([*tiny, "--out", str(tmp_path), "--name", "adam"]) == 0
+    assert [line["lr"] for line in lines(tmp_path / "adam")] == pytest.approx([1e-3, 0.95e-3, 0.95**2 * 1e-3])
+
+
+def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
+    arguments = [*tiny, "--relabel-from", "1", "--margin2", "0.01", "--learn-margin", "--out", str(tmp_path)]
+    assert scn.main([*arguments, "--name", "whole"]) == 0
+    save = common.Run.save
+
+    def save_and_stop(self, **state):
+        save(self, **state)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save", save_and_stop)
+        assert scn.main([*arguments, "--name", "cut"]) == 130
+    assert scn.main([*arguments, "--name", "cut", "--resume"]) == 0
+    same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--beta", "0"], "beta"), (["--beta", "1"], "beta"), (["--beta", "nan"], "beta"), (["--gamma", "2"], "gamma"),
+    (["--margin1", "-1"], "margin1"), (["--margin2", "2"], "margin2"), (["--relabel-from", "0"], "relabel-from"), (["--networks", "2"], "networks"),
+])
+def test_bad_values_are_refused(arguments, words, capsys):
+    assert scn.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1
+
+
+def test_the_pretrained_preset_is_the_papers():
+    args = scn.parse_args(["--data", "raf", "--pretrained", "x.pth"])
+    assert (args.epochs, args.optimizer, args.beta, args.margin1, args.margin2, args.gamma, args.relabel_from) == (40, "sgd", 0.7, 0.15, 0.2, 0.5, 10)
+    assert args.lr == pytest.approx(0.1 * args.batch_size / 1024)
+    assert json.dumps(vars(args))
