@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
 from datasets import (  # noqa: F401 - part of what the scripts take from here
@@ -567,9 +568,11 @@ def figure_of_faces(images: Tensor, captions: list[str], colours: list[str], tit
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // columns)
-    figure = Figure((1.3 * columns, 1.6 * rows + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    height = 1.65 * rows + 0.4  # inches; placed by hand, since matplotlib's own layout of many axes takes seconds
+    figure = Figure((1.35 * columns, height))
+    figure.suptitle(title, fontsize=11, y=1 - 0.15 / height, va="center")
     cells = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.35 / height, bottom=0.4 / height, wspace=0.06, hspace=0.3)
     for axes in cells:
         axes.axis("off")
     for axes, image, caption, colour in zip(cells, images, captions, colours):
@@ -578,13 +581,14 @@ def figure_of_faces(images: Tensor, captions: list[str], colours: list[str], tit
     return figure
 
 
-def figure_to_tensor(figure) -> Tensor:
-    """uint8 (3, H, W) of a figure, for TensorBoard."""
+def render(figure) -> np.ndarray:
+    """uint8 (H, W, 3) of a figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    figure.set_dpi(120)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[:, :, :3].copy()).permute(2, 0, 1)
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -723,8 +727,9 @@ class Run:
         shown = {"curves": figure_of_curves(history, self.args.split), "confusion": figure_of_confusion(table, train.classes),
                  "audit": figure_of_audit(train, current, scores, order[:32])} | (figures or {})
         for name, figure in shown.items():
-            write_atomically(self.folder / f"{name}.png", functools.partial(figure.savefig, format="png", dpi=120))
-            self.writer.add_image(name, figure_to_tensor(figure), self.args.epochs)
+            pixels = render(figure)
+            write_atomically(self.folder / f"{name}.png", functools.partial(Image.fromarray(pixels).save, format="PNG"))
+            self.writer.add_image(name, pixels, self.args.epochs, dataformats="HWC")
         results = summary(history)
         self.write_hparams(results)
         self.writer.flush()
