@@ -1,7 +1,6 @@
 """Co-curing: two peer networks that learn from the labels first and from each other later, and correct the labels.
 
-D. Gera, S. Balasubramanian: "Co-Curing Noisy Annotations for Facial Expression Recognition", ICTACT Journal on Image and
-Video Processing 12(1), 2021. Each network minimises (1 - lambda) cross-entropy + lambda KL(peer || itself), and lambda
+D. Gera, S. Balasubramanian: "Co-Curing Noisy Annotations for Facial Expression Recognition", 2021. Each network minimises (1 - lambda) cross-entropy + lambda KL(peer || itself), and lambda
 grows with the epochs: supervision fits the clean labels before mimicry keeps the networks from memorising the wrong
 ones. After a warm-up a label is replaced where both networks agree on another class by a margin delta.
 

@@ -8,6 +8,7 @@ import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
 from torch import nn
+from torchvision.transforms.autoaugment import _apply_op
 
 import common
 from common import UserError
@@ -162,7 +163,7 @@ def test_without_crop_and_jitter_only_the_flip_is_left():
     x = images(12)
     got = augmented(x, slice(0, 12), crop=0, jitter=0.0)
     u = common.EpochPlan(12, 1, 1, CPU).draw("flip", slice(0, 12))
-    assert torch.equal(got, common.random_flip(x, u).float()) and 0 < (u < 0.5).sum() < 12
+    assert torch.equal(got, common.random_flip(x, u)) and 0 < (u < 0.5).sum() < 12
 
 
 def test_jitter_stays_within_its_strength_and_the_range_of_pixels():
@@ -171,6 +172,62 @@ def test_jitter_stays_within_its_strength_and_the_range_of_pixels():
     assert got.min() >= 70 and got.max() <= 130 and got.unique().numel() == 12
     white = augmented(torch.full((12, 3, 8, 8), 255, dtype=torch.uint8), slice(0, 12), crop=0, jitter=0.9)
     assert white.max() <= 255 and white.min() >= 0
+
+
+def odd_images(c):
+    """Noise, one value, few values, low contrast, a ramp: what tables and equalisation stumble over."""
+    x = images(7, 3, 48, 40, seed=3)
+    x[1] = 7
+    x[2] = x[2] % 2 + 100
+    x[3] = x[3] // 4 + 60
+    x[4] = torch.arange(40, dtype=torch.uint8) * 6
+    x[5, 1] = 255
+    x[6] = 0
+    return x[:, :c].contiguous()
+
+
+SPACE = torchvision.transforms.RandAugment()._augmentation_space(31, (48, 40))
+
+
+def torchvisions(operation, image, magnitude, sign):
+    if operation == "invert":
+        return TF.invert(image)
+    name = "".join(word.capitalize() for word in operation.split()).replace("contrast", "Contrast")
+    magnitudes, signed = SPACE[name]
+    value = magnitudes[magnitude].item() if magnitudes.ndim else 0.0
+    return _apply_op(image, name, value * (sign if signed else 1), torchvision.transforms.InterpolationMode.NEAREST, None)
+
+
+@pytest.mark.parametrize("operation", common.OPERATIONS)
+@pytest.mark.parametrize("c", [1, 3])
+def test_every_operation_of_randaugment_is_torchvisions(operation, c):
+    x, geometric = odd_images(c), operation in ("shear x", "shear y", "translate x", "translate y", "rotate")
+    number = torch.full((len(x),), common.OPERATIONS.index(operation))
+    for magnitude in (0, 10, 17, 30):
+        for sign in (-1.0, 1.0):
+            got = common.apply_operations(x, number, torch.full((len(x),), sign), magnitude)
+            for i in range(len(x)):
+                difference = (got[i].int() - torchvisions(operation, x[i], magnitude, sign).int()).abs()
+                assert (difference > 0).float().mean() <= (0.001 if geometric else 0), (magnitude, sign, i)
+
+
+def test_operations_are_drawn_and_applied_sample_by_sample():
+    x = odd_images(3)[:1].expand(15, -1, -1, -1)
+    mixed = common.apply_operations(x, torch.arange(15), torch.ones(15))
+    for i in range(15):
+        assert torch.equal(mixed[i], common.apply_operations(x[:1], torch.tensor([i]), torch.ones(1))[0])
+    plan = common.EpochPlan(600, 1, 1, CPU)
+    operation = (plan.draw("operation 0", slice(0, 600)) * len(common.OPERATIONS)).long()
+    assert torch.bincount(operation).min() > 20 and operation.max() == 14
+
+
+def test_randaugment_repeats_in_place_and_does_not_depend_on_the_batch_split():
+    x = images(12)
+    whole = common.rand_augment(x, common.EpochPlan(12, 1, 1, CPU), slice(0, 12))
+    parts = torch.cat([common.rand_augment(x[s], common.EpochPlan(12, 1, 1, CPU), s) for s in common.batch_slices(12, 5)])
+    assert torch.equal(whole, parts) and whole.dtype == torch.uint8
+    assert not torch.equal(whole, common.rand_augment(x, common.EpochPlan(12, 1, 2, CPU), slice(0, 12)))
+    assert torch.equal(common.rand_augment(x, common.EpochPlan(12, 1, 1, CPU), slice(0, 12), layers=0), x)
 
 
 @pytest.mark.parametrize("c", [1, 3])
