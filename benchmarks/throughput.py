@@ -3,7 +3,7 @@
 A step is Co-curing's: two networks, both losses, one optimiser. "real" draws the batch from the data set, augments and
 normalises it; "synthetic" takes one random, normalised batch that lies on the device already. "loader" is the same step
 fed in the style of the published codes: a DataLoader that decodes files with PIL and augments one image at a time. The
-kinds are interleaved; reported are the median of the paired ratios and, as its noise, the ratios of synthetic to itself.
+kinds are interleaved; reported are the median of the paired ratios and, as its noise, those of synthetic to itself.
 
     python benchmarks/throughput.py --data toy
     python benchmarks/throughput.py --data ferplus --root data/ferplus
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import cocuring  # noqa: E402 - found through the line above
 import common  # noqa: E402
 
-STEPS, ROUNDS = 8, 7
+STEPS, ROUNDS = 8, 5
 
 
 class Files(torch.utils.data.Dataset):
