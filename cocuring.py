@@ -119,8 +119,8 @@ def make_networks(args, num_classes: int, device) -> list[nn.Module]:
     return networks
 
 
-def train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, epoch, args) -> dict:
-    """One epoch over the training set; corrects `current`, int64 (N,), in place. Returns the epoch's scalars and losses.
+def train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, epoch, args) -> tuple[Tensor, dict]:
+    """One epoch over the training set; corrects `current`, int64 (N,), in place. Returns the losses (steps,) and the scalars.
 
     given: int64 (N,), the labels before any correction. Everything stays on the device until the epoch ends.
     """
@@ -149,8 +149,7 @@ def train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, e
             if relabelling:  # used from the next time that the sample is drawn: step 8 comes after step 7
                 relabelled.append(common.set_labels(current, index, relabel(*probs, given[index], args.delta)))
     losses = torch.stack(losses).cpu()  # (steps, networks): the epoch's first wait for the device
-    return {
-        "losses": losses,
+    return losses.sum(1), {
         "loss/total": losses.sum(1).mean().item(),
         **{f"loss/net{k + 1}": losses[:, k].mean().item() for k in range(losses.shape[1])},
         "weight/lambda": lam,
@@ -215,8 +214,8 @@ def main(argv=None) -> int:
         for epoch in range(first, args.epochs + 1):
             began, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
             plan = common.EpochPlan(len(given), args.seed, epoch, device, given if args.oversample else None)
-            scalars = train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, epoch, args)
-            run.check_finite(scalars.pop("losses").sum(1), epoch)
+            losses, scalars = train_one_epoch(networks, optimizer, pixels, slices, plan, given, current, epoch, args)
+            run.check_finite(losses, epoch)
             scheduler.step()
             scalars |= common.label_scalars(given, current, clean) | {"lr": lr}
             scalars |= evaluate(networks, test_pixels, test_labels, test.classes, args)[0]

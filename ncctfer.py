@@ -135,8 +135,8 @@ def make_network(args, num_classes: int, device) -> TwoHeads:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(network, optimizer, pixels, slices, plan, given, clean, epoch, classes, args) -> dict:
-    """One epoch over the training set. Returns the epoch's scalars and losses.
+def train_one_epoch(network, optimizer, pixels, slices, plan, given, clean, epoch, classes, args) -> tuple[Tensor, dict]:
+    """One epoch over the training set. Returns the losses (steps,) and the scalars.
 
     given: int64 (N,), the labels to train on. clean: int64 (N,) or None, for reporting only.
     """
@@ -182,8 +182,7 @@ def train_one_epoch(network, optimizer, pixels, slices, plan, given, clean, epoc
     mean = torch.stack(negative_mean).mean(0)
     total, l_s, l_c = losses.mean(0).tolist()
     known = {} if clean is None else {"confident/purity": sure_right / max(sure, 1), "confident/recall": sure_right / max(right, 1)}
-    return {
-        "losses": losses[:, 0],
+    return losses[:, 0], {
         "loss/total": total, "loss/supervised": l_s, "loss/negative": l_c,
         "confident/share": sure / count, **known,
         **{f"weight/threshold/{name}": t for name, t in zip(classes, t_mean)},
@@ -249,8 +248,8 @@ def main(argv=None) -> int:
         for epoch in range(first, args.epochs + 1):
             began, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
             plan = common.EpochPlan(len(given), args.seed, epoch, device, given if args.oversample else None)
-            scalars = train_one_epoch(network, optimizer, pixels, slices, plan, given, clean, epoch, train.classes, args)
-            run.check_finite(scalars.pop("losses"), epoch)
+            losses, scalars = train_one_epoch(network, optimizer, pixels, slices, plan, given, clean, epoch, train.classes, args)
+            run.check_finite(losses, epoch)
             scheduler.step()
             scalars |= {"lr": lr} | evaluate(network, test_pixels, test_labels, test.classes, args)[0]
             run.log(epoch, time.perf_counter() - began, scalars)

@@ -154,12 +154,15 @@ def make_optimizer(network, args):
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, gamma=0.1)
 
 
-def train_one_epoch(network, optimizer, pixels, slices, plan, current, epoch, args) -> dict:
-    """One epoch over the training set; corrects `current`, int64 (N,), in place. Returns the epoch's scalars and losses."""
+def train_one_epoch(network, optimizer, pixels, slices, plan, current, epoch, args) -> tuple[Tensor, Tensor, dict]:
+    """One epoch over the training set; corrects `current`, int64 (N,), in place.
+
+    Returns the losses (steps,), alpha of every sample (N,), -1 where oversampling did not draw it, and the scalars.
+    """
     relabelling = args.relabel and epoch >= args.relabel_from
     margin = network.margin if args.learn_margin else args.margin1
     losses, hits, groups, relabelled = [], [], [], []
-    weights = torch.full((len(current),), -1.0, device=current.device)  # of every sample; -1: not drawn in this epoch
+    weights = torch.full((len(current),), -1.0, device=current.device)
     network.train()
     for part, index, images in tqdm(pixels.batches(plan.order, slices), f"epoch {epoch}", len(slices), leave=False, disable=None):
         x = common.network_input(common.augment(images, plan, part, args.crop, args.jitter), args.size)
@@ -188,8 +191,7 @@ def train_one_epoch(network, optimizer, pixels, slices, plan, current, epoch, ar
                 relabelled.append(common.set_labels(current, index, new))
     losses, (high, low) = torch.stack(losses).cpu(), torch.stack(groups).mean(0).tolist()
     total, wce, rr = losses.mean(0).tolist()
-    return {
-        "losses": losses[:, 0], "weights": weights,
+    return losses[:, 0], weights, {
         "loss/total": total, "loss/wce": wce, "loss/rank": rr,
         "weight/high": high, "weight/low": low, "weight/gap": high - low, "weight/margin1": network.margin.item() if args.learn_margin else args.margin1,
         "accuracy/train": torch.stack(hits).sum().item() / len(plan.order),
@@ -250,9 +252,8 @@ def main(argv=None) -> int:
         for epoch in range(first, args.epochs + 1):
             began, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
             plan = common.EpochPlan(len(given), args.seed, epoch, device, given if args.oversample else None)
-            scalars = train_one_epoch(network, optimizer, pixels, slices, plan, current, epoch, args)
-            run.check_finite(scalars.pop("losses"), epoch)
-            weights = scalars.pop("weights")
+            losses, weights, scalars = train_one_epoch(network, optimizer, pixels, slices, plan, current, epoch, args)
+            run.check_finite(losses, epoch)
             scheduler.step()
             scalars |= common.label_scalars(given, current, clean) | {"lr": lr}
             if clean is not None:  # does the weight tell wrong labels from right ones at all?

@@ -188,3 +188,20 @@ def same_end(a, b):
     assert (a / "labels.csv").read_text() == (b / "labels.csv").read_text()
     first, second = torch.load(a / "model.pt", weights_only=True)["networks"], torch.load(b / "model.pt", weights_only=True)["networks"]
     assert all(torch.equal(x[key], y[key]) for x, y in zip(first, second) for key in x)
+
+
+def check_resume(main, arguments, folder, monkeypatch):
+    """A run that stops after its second epoch and is resumed ends as one that was never stopped."""
+    arguments, save = [*arguments, "--out", str(folder)], common.Run.save
+
+    def save_and_stop(self, **state):
+        save(self, **state)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    assert main([*arguments, "--name", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save", save_and_stop)
+        assert main([*arguments, "--name", "cut"]) == 130
+    assert main([*arguments, "--name", "cut", "--resume"]) == 0
+    same_end(folder / "whole", folder / "cut")

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import lines, same_end
+from conftest import check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import common
 import ncctfer
 import toyfaces
 from ncctfer import class_thresholds, confident, negative_consistency, supervised_loss
@@ -147,20 +146,7 @@ def test_ablations_are_told_apart(tiny, tmp_path):
 
 
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
-    arguments = [*tiny, "--out", str(tmp_path)]
-    assert ncctfer.main([*arguments, "--name", "whole"]) == 0
-    save = common.Run.save
-
-    def save_and_stop(self, **state):
-        save(self, **state)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save", save_and_stop)
-        assert ncctfer.main([*arguments, "--name", "cut"]) == 130
-    assert ncctfer.main([*arguments, "--name", "cut", "--resume"]) == 0
-    same_end(tmp_path / "whole", tmp_path / "cut")
+    check_resume(ncctfer.main, tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("size", ["2", "3"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import lines, same_end
+from conftest import check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
@@ -168,20 +168,7 @@ def test_both_optimisers_run_their_schedule(tiny, tmp_path):
 
 
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
-    arguments = [*tiny, "--relabel-from", "1", "--margin2", "0.01", "--learn-margin", "--out", str(tmp_path)]
-    assert scn.main([*arguments, "--name", "whole"]) == 0
-    save = common.Run.save
-
-    def save_and_stop(self, **state):
-        save(self, **state)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save", save_and_stop)
-        assert scn.main([*arguments, "--name", "cut"]) == 130
-    assert scn.main([*arguments, "--name", "cut", "--resume"]) == 0
-    same_end(tmp_path / "whole", tmp_path / "cut")
+    check_resume(scn.main, [*tiny, "--relabel-from", "1", "--margin2", "0.01", "--learn-margin"], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("arguments, words", [
