@@ -751,6 +751,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self.lock_folder()
+        for file in self.folder.glob("*.tmp*"):  # what a kill in the middle of write_atomically left
+            file.unlink()
         state = None
         if self.args.resume and (self.folder / "last.pt").exists():
             state = load_checkpoint(self.folder / "last.pt")

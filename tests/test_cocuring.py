@@ -275,10 +275,12 @@ def test_a_run_stopped_between_epochs_ends_as_if_it_was_not(tiny, tmp_path, monk
         patch.setattr(common.Run, "save", save_and_stop)
         assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 130
     assert len(lines(tmp_path / "cut")) == 2
+    (tmp_path / "cut" / "last.pt.tmp99999").write_bytes(b"half")  # as a kill in the middle of a save leaves it
     time.sleep(1.1)  # TensorBoard orders the event files of a folder by the second in their names
     assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 2  # unfinished: needs --resume
     assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut", "--resume"]) == 0
     same_end(tmp_path / "whole", tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob("*.tmp*"))
     events = EventAccumulator(str(tmp_path / "cut")).Reload()
     assert [e.step for e in events.Scalars("accuracy/test")] == [1, 2, 3]
 
