@@ -8,7 +8,8 @@ ones. After a warm-up a label is replaced where both networks agree on another c
     python cocuring.py --data toy --noise 0.4 --lambda-max 0 --no-relabel      # the baseline of Table 2
     python cocuring.py --data raf --root data/raf --noise 0.2 --pretrained resnet18_msceleb.pth
 
-RESULTS
+Measured (docs/cocuring.md): toy, 40 % noise, 3 seeds, 2 CPU cores: last5 97.8 +- 0.8 % against 73.1 +- 4.9 % for the
+baseline and 99.5 +- 0.2 % for clean labels; the first 100 rows of the label audit are all mislabelled.
 """
 
 import math
