@@ -1,7 +1,7 @@
 """Co-curing: two peer networks that learn from the labels first and from each other later, and correct the labels.
 
-D. Gera, S. Balasubramanian: "Co-Curing Noisy Annotations for Facial Expression Recognition", 2021. Each network minimises (1 - lambda) cross-entropy + lambda KL(peer || itself), and lambda
-grows with the epochs: supervision fits the clean labels before mimicry keeps the networks from memorising the wrong
+D. Gera, S. Balasubramanian: "Co-Curing Noisy Annotations for Facial Expression Recognition", 2021.
+Each network minimises (1 - lambda) cross-entropy + lambda KL(peer || itself), and lambda grows with the epochs: supervision fits the clean labels before mimicry keeps the networks from memorising the wrong
 ones. After a warm-up a label is replaced where both networks agree on another class by a margin delta.
 
     python cocuring.py --data toy --noise 0.4                                  # needs no data, under 4 minutes on 2 cores

@@ -154,7 +154,8 @@ def write_docs() -> None:
         for row, runs in rows:
             curve = [100 * statistics.mean(values) for values in zip(*(run["curve"] for run in runs))]
             axes.plot(range(1, len(curve) + 1), curve, label=row.name, marker=".")
-        axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=what["title"])
+        axes.set(xlabel="epoch", ylabel="test accuracy (%)")
+        axes.set_title(what["title"], fontsize=9)
         low = min(100 * min(run["curve"][len(run["curve"]) // 4 :]) for _, runs in rows for run in runs)
         axes.set_ylim(max(0, low - 5))
         axes.grid(alpha=0.3)
