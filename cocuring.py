@@ -25,7 +25,8 @@ from tqdm import tqdm
 import common
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
-# The first is ours, chosen on FERPlus (docs/cocuring.md); "pretrained" is the paper's, Sec. 4.2, but for t_warm and delta.
+# "scratch" is ours: searched on toy only, carried over elsewhere (docs/cocuring.md says how it fails on FERPlus).
+# "pretrained" is the paper's, Sec. 4.2, but for t_warm and delta, which are toy's and not measured there.
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, beta=6.0, delta=0.5, t_warm=20),
     "scratch ferplus": dict(size=48),
