@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
 FREQUENCIES = np.array([1290, 281, 717, 4772, 1982, 705, 2524]) / 12271  # RAF-DB's training set
-SPLITS = {"train": 2000, "valid": 800, "test": 800}
+SPLITS = {"train": 2500, "valid": 800, "test": 800}
 
 # Mouth curve (1 smile, -1 frown), opening and width; brow height and tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
 FEATURES = np.array([
@@ -43,9 +43,13 @@ def expression(split: str, index: int, seed: int = 0, difficulty: float = 0.0, l
     Returns its label, an index into CLASSES; valence and arousal, float32 (2,) in [-1, 1]; the seven features; and the
     generator that `draw_face` goes on with.
     """
-    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
-    drawn = int(rng.choice(len(CLASSES), p=FREQUENCIES))
-    label = drawn if label is None else label
+    part = list(SPLITS).index(split)
+    if label is None:
+        # Multiples of the golden ratio spread evenly over [0, 1): the first n faces have n times FREQUENCIES of each class,
+        # to a face or two, where independent draws would leave the rarest class to chance.
+        place = (np.random.default_rng([seed, part]).random() + index * (5**0.5 - 1) / 2) % 1
+        label = min(int(np.searchsorted(FREQUENCIES.cumsum(), place, side="right")), len(CLASSES) - 1)
+    rng = np.random.default_rng([seed, part, index])
     # A class at some intensity, with a little of another class blended in: some faces are truly ambiguous.
     intensity = rng.uniform(0.75 - 0.40 * difficulty, 1.15 - 0.25 * difficulty)
     other = int(rng.integers(len(CLASSES)))
@@ -59,7 +63,7 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
     """Draw face number `index` of a split: uint8 (size, size, 3), its label and its valence and arousal (see `expression`).
 
     difficulty in [0, 1]: 1 draws smaller, paler and subtler faces with thinner strokes, more blending and more clutter.
-    label: the expression to draw; by default drawn from RAF-DB's class frequencies.
+    label: the expression to draw; by default one with RAF-DB's class frequencies.
     """
     label, va, features, rng = expression(split, index, seed, difficulty, label)
     curve, opening, width, brow_height, brow_tilt, eye, wrinkle = features
