@@ -30,9 +30,9 @@ import common
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, beta=6.0, delta=0.5, t_warm=20, crop=8),
     "scratch ferplus": dict(size=48, crop=4),
-    "scratch toy": dict(size=48, epochs=13, batch_size=64, beta=0.65, delta=0.2, t_warm=6, crop=0),
+    "scratch toy": dict(size=48, epochs=13, batch_size=64, beta=0.65, delta=0.2, t_warm=7, crop=0),
     "pretrained": dict(size=224, epochs=40, batch_size=128, beta=0.65, delta=0.2, t_warm=10),
-    "pretrained toy": dict(size=48, epochs=13, batch_size=64, t_warm=6),
+    "pretrained toy": dict(size=48, epochs=13, batch_size=64, t_warm=7),
 }
 
 

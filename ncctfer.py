@@ -26,9 +26,9 @@ from common import UserError
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-2, decay=0.95, warm_up=12),
     "scratch ferplus": dict(size=48),
-    "scratch toy": dict(size=48, epochs=16, batch_size=64, warm_up=5),
+    "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=4),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=5),
-    "pretrained toy": dict(size=48, epochs=16, batch_size=64),
+    "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=4),
 }
 
 

@@ -23,11 +23,11 @@ import common
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
 # "pretrained" is the paper's, Sec. 3.5, with the rate scaled to the batch (0.1 for 1024); the others are ours.
 PRESETS = {
-    "scratch": dict(size=100, epochs=30, batch_size=128, optimizer="adam", lr=1e-3, head_lr=1e-2, relabel_from=20),
-    "scratch ferplus": dict(size=48),
-    "scratch toy": dict(size=48, epochs=16, batch_size=64, relabel_from=7),
+    "scratch": dict(size=100, epochs=30, batch_size=128, optimizer="adam", lr=1e-3, head_lr=1e-2, relabel_from=20, crop=8),
+    "scratch ferplus": dict(size=48, crop=4),
+    "scratch toy": dict(size=48, epochs=13, batch_size=64, relabel_from=6, crop=0),
     "pretrained": dict(size=224, epochs=40, batch_size=128, optimizer="sgd", lr=0.0125, head_lr=0.0125, relabel_from=10),
-    "pretrained toy": dict(size=48, epochs=16, batch_size=64, relabel_from=7),
+    "pretrained toy": dict(size=48, epochs=13, batch_size=64, relabel_from=6),
 }
 
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     group.add_argument("--optimizer", choices=("sgd", "adam"), help="sgd: momentum 0.9, rate / 10 after 3/8 and 6/8 of the epochs (paper: 15 and 30 of 40); adam: rate * 0.95 an epoch (ours)")
     group.add_argument("--weight-decay", type=common.number(float, 0), default=1e-4, help="of sgd (official code: %(default)s)")
     group.add_argument("--jitter", type=common.number(float, 0, 1), default=0.2, help="colour jitter: brightness, contrast, saturation within 1 +- this (ours: as cocuring.py; paper: not named)")
-    group.add_argument("--crop", type=common.number(int, 0), default=0, help="pad by so many pixels and crop (paper: none)")
+    group.add_argument("--crop", type=common.number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours from scratch on real faces: as cocuring.py)")
     return common.parse_with_presets(parser, PRESETS, argv, "scn")
 
 

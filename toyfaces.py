@@ -1,6 +1,6 @@
 """Cartoon faces with an expression, a valence and an arousal: a data set that needs no download.
 
-Seven expressions in RAF-DB's order and with RAF-DB's long tail, drawn with Pillow out of seven features (mouth curve,
+Seven expressions in RAF-DB's order and with a long tail like RAF-DB's, drawn with Pillow out of seven features (mouth curve,
 opening and width, brow height and tilt, eye opening, nose wrinkle). Identity, skin, hair, glasses, an occluding patch,
 background, light and rotation are nuisance. A face depends on (seed, split, index) alone. It is easy enough that a
 ResNet-18 learns it in a few epochs from scratch, and large enough that it memorises wrong labels afterwards.
@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
-FREQUENCIES = np.array([1290, 281, 717, 4772, 1982, 705, 2524]) / 12271  # RAF-DB's training set
+# RAF-DB's training set, but for fear, 281 there: that would be 57 of 2,500 faces, too few to be learned from noisy labels.
+FREQUENCIES = np.array([1290, 500, 717, 4772, 1982, 705, 2524]) / 12490
 SPLITS = {"train": 2500, "valid": 800, "test": 800}
 
 # Mouth curve (1 smile, -1 frown), opening and width; brow height and tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
@@ -63,7 +64,7 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
     """Draw face number `index` of a split: uint8 (size, size, 3), its label and its valence and arousal (see `expression`).
 
     difficulty in [0, 1]: 1 draws smaller, paler and subtler faces with thinner strokes, more blending and more clutter.
-    label: the expression to draw; by default one with RAF-DB's class frequencies.
+    label: the expression to draw; by default drawn by FREQUENCIES.
     """
     label, va, features, rng = expression(split, index, seed, difficulty, label)
     curve, opening, width, brow_height, brow_tilt, eye, wrinkle = features

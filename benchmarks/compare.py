@@ -35,32 +35,53 @@ class Row:
     script: str
     flags: str
     passes: int
+    drawn: bool = True  # in the figure of the suite
 
 
 PLAIN = "--lambda-max 0 --no-relabel"
-COCURING = [
-    Row("two networks (baseline)", "cocuring", PLAIN, 2),
-    Row("Co-curing", "cocuring", "", 2),
-]
+ONE, TWO = Row("one network (baseline)", "cocuring", f"--networks 1 {PLAIN}", 1), Row("two networks (baseline)", "cocuring", PLAIN, 2)
+COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
 SUITES = {
     "toy": {
         "title": "Toy faces, 48 px, 40 % symmetric noise",
-        "flags": "--data toy",
+        "flags": "--data toy --noise 0.4",
         "seeds": (1, 2, 3),
         "rows": [
-            Row("one network", "cocuring", f"--noise 0.4 --networks 1 {PLAIN}", 1),
-            *(Row(row.name, row.script, f"--noise 0.4 {row.flags}", row.passes) for row in COCURING),
-            Row("Co-curing, no relabelling", "cocuring", "--noise 0.4 --no-relabel", 2),
-            Row("two networks, clean labels", "cocuring", PLAIN, 2),
+            ONE,
+            TWO,
+            COCURING,
+            Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False),
+            Row("two networks, clean labels", "cocuring", f"--noise 0 {PLAIN}", 2),
+            SCN,
+            Row("SCN, relabelling the whole batch", "scn", "--relabel-batch", 1, drawn=False),
+            Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False),
+            NCCTFER,
+            Row("NCCTFER, least probable classes", "ncctfer", "--mask least", 2, drawn=False),
+            Row("NCCTFER, no negative head", "ncctfer", "--no-negative", 1, drawn=False),
         ],
+    },
+    "toy-60": {
+        "title": "Toy faces, 48 px, 60 % symmetric noise",
+        "flags": "--data toy --noise 0.6",
+        "seeds": (1, 2, 3),
+        "rows": [ONE, NCCTFER],
+    },
+    "toy-asymmetric": {
+        "title": "Toy faces, 48 px, 40 % asymmetric noise",
+        "flags": "--data toy --noise 0.4 --noise-type asymmetric",
+        "seeds": (1, 2, 3),
+        "rows": [ONE, NCCTFER],
     },
     "ferplus": {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": COCURING,
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER],
     },
 }
+# Of the last epoch, where the method logs them: what it knows of the noise
+KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_clean", "weight/high", "weight/low",
+         "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes")
 
 
 def record_path(suite: str, row: Row, seed: int) -> Path:
@@ -94,7 +115,7 @@ def run_one(suite: str, row: Row, seed: int, args) -> None:
     made = json.loads((folder / "args.json").read_text())
     last = history[-1]
     numbers = {key: round(value, 6) for key, value in common.summary(history).items()}
-    for tag in ("accuracy/test_mean_class", "labels/accuracy", "relabel/precision", "relabel/recall"):
+    for tag in ("accuracy/test_mean_class", *KNOWN):
         if tag in last:
             numbers[tag] = round(last[tag], 6)
     content = {
@@ -116,9 +137,9 @@ def records(suite: str) -> list[tuple[Row, list[dict]]]:
     return found
 
 
-def cell(runs: list[dict], key: str) -> str:
-    """Mean and, for several seeds, standard deviation in per cent."""
-    values = [100 * run[key] for run in runs if key in run]
+def cell(runs: list[dict], key: str, scale: float = 100) -> str:
+    """Mean and, for several seeds, standard deviation, times `scale`."""
+    values = [scale * run[key] for run in runs if key in run]
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -129,20 +150,26 @@ def write_docs() -> None:
     """docs/results.md and a figure of the curves for each suite, from the records alone."""
     from matplotlib.figure import Figure
 
-    keys = ("best", "last5", "final", "accuracy/test_mean_class", "labels/accuracy", "relabel/precision", "relabel/recall")
+    keys = ("best", "last5", "final", "accuracy/test_mean_class")
     text = ["# Results", "",
             "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on the test set as in",
-            "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean, labels right, relabel precision and recall are those of the last epoch.",
+            "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean is that of the last one.",
             "`passes`: forward-backward passes that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`."]
     for suite, what in SUITES.items():
         rows = records(suite)
         if not rows:
             continue
         text += ["", f"## {what['title']}", "",
-                 "| | seeds | best | last5 | final | class mean | labels right | relabel precision | relabel recall | passes | minutes |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+                 "| | seeds | best | last5 | final | class mean | passes | minutes |", "|---|---|---|---|---|---|---|---|"]
         for row, runs in rows:
             minutes = statistics.mean(run["seconds"] for run in runs) / 60
             text.append(f"| {row.name} | {len(runs)} | " + " | ".join(cell(runs, key) for key in keys) + f" | {row.passes} | {minutes:.1f} |")
+        tags = [tag for tag in KNOWN if any(tag in run for _, runs in rows for run in runs)]
+        text += ["", "What the methods know of the noise, last epoch, per cent (`negative/classes`: a number of classes):", "",
+                 "| | " + " | ".join(tags) + " |", "|---" * (len(tags) + 1) + "|"]
+        for row, runs in rows:
+            if any(tag in run for tag in tags for run in runs):
+                text.append(f"| {row.name} | " + " | ".join(cell(runs, tag, 1 if tag == "negative/classes" else 100) for tag in tags) + " |")
         text += ["", f"![test accuracy against epoch](figures/{suite}.png)", "", "Commands (seed 1), and last5 of every seed:", ""]
         for row, runs in rows:
             text.append(f"- {row.name}: `{runs[0]['command']}`: " + ", ".join(f"{100 * run['last5']:.1f}" for run in runs))
@@ -152,6 +179,8 @@ def write_docs() -> None:
         figure = Figure((7, 4.2), layout="constrained")
         axes = figure.subplots()
         for row, runs in rows:
+            if not row.drawn:
+                continue
             curve = [100 * statistics.mean(values) for values in zip(*(run["curve"] for run in runs))]
             axes.plot(range(1, len(curve) + 1), curve, label=row.name, marker=".")
         axes.set(xlabel="epoch", ylabel="test accuracy (%)")

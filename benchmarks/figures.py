@@ -1,0 +1,174 @@
+"""The papers' figures, drawn from finished runs: each subcommand takes run folders (runs/<name>) and writes one PNG.
+
+    python benchmarks/figures.py weights CLEAN NOISY CURED   # SCN, Fig. 3: the weights of the same training faces in three runs
+    python benchmarks/figures.py gradcam RUN [RUN ...]       # NCCTFER, Fig. 8: where the networks look; green right, red wrong
+    python benchmarks/figures.py tsne RUN                    # the features of the test faces in the plane (needs scikit-learn)
+
+    for run in "--noise 0 --name clean" "--noise 0.2 --no-relabel --name noisy" "--noise 0.2 --name cured"; do python scn.py --data toy $run; done
+    python benchmarks/figures.py weights runs/clean runs/noisy runs/cured
+"""
+
+import argparse
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402 - found through the line above
+from common import UserError  # noqa: E402
+
+
+class Trained:
+    """The first network of a run folder's model.pt in evaluation mode, its arguments and its data."""
+
+    def __init__(self, folder: Path):
+        state = common.load_checkpoint(folder / "model.pt")
+        self.folder, self.method, self.classes = folder, state["method"], state["classes"]
+        self.args = argparse.Namespace(**state["args"] | {"pretrained": "none", "compile": False})
+        script = importlib.import_module(self.method)
+        device = torch.device("cpu")
+        make = getattr(script, "make_networks", None)
+        self.network = make(self.args, len(self.classes), device)[0] if make else script.make_network(self.args, len(self.classes), device)
+        self.network.load_state_dict(state["networks"][0])
+        self.network.eval()
+        self.train, self.test = common.load_data(self.args)
+
+    def head(self) -> nn.Linear:
+        return self.network.positive if self.method == "ncctfer" else self.network.head
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> (N, width), float32."""
+        parts = common.Pixels(images, torch.device("cpu")).inputs(self.args.size)
+        with torch.no_grad():
+            return torch.cat([self.network.backbone(x) for x in parts])
+
+
+def weights_figure(folders: list[Path], columns: int):
+    """SCN, Fig. 3: alpha of the same faces in runs on clean labels, on noisy ones, and on noisy ones with relabelling.
+
+    The faces are the first whose given label is wrong in the last run; under each stand the label that the run ended
+    with (red: wrong) and alpha.
+    """
+    runs = [Trained(folder) for folder in folders]
+    for run in runs:
+        if run.method != "scn":
+            raise UserError(f"{run.folder}: a run of {run.method}; these are weights of scn.py")
+    last = runs[-1].train
+    if last.clean is None or any(run.train.names != last.names for run in runs):
+        raise UserError("the runs must be on the same training images, the last with injected noise")
+    rows = (last.labels != last.clean).nonzero().flatten()[:columns].tolist()
+    captions, colours = [], []
+    for run in runs:
+        with open(run.folder / "labels.csv", newline="", encoding="utf-8") as file:
+            final = {line["name"]: line["final"] for line in csv.DictReader(file)}
+        features = run.features(last.images[rows])
+        with torch.no_grad():
+            alpha = run.network.attention(features).sigmoid()[:, 0]
+        for i, a in zip(rows, alpha):
+            label = final[last.names[i]]
+            captions.append(f"{label}\n{a:.2f}")
+            colours.append("black" if label == last.classes[last.clean[i]] else "tab:red")
+    title = "Weights of the same faces, a row per run: " + ", ".join(run.folder.name for run in runs) + " (red: the label is wrong)"
+    return common.figure_of_faces(last.images[rows * len(runs)], captions, colours, title, columns)
+
+
+def grad_cam(network: nn.Module, head: nn.Linear, x: Tensor, smallest: int = 6) -> tuple[Tensor, Tensor]:
+    """Grad-CAM (Selvaraju et al., 2017, Eqs. 1-2) of the predicted class, scaled to [0, 1], and the softmax outputs.
+
+    x: (N, 3, H, W). Taken at the deepest part of the backbone whose map is `smallest` pixels wide or more: the last stage
+    of a ResNet has 7 at 224 px, as in the papers, but 2 at 48 px. Returns (N, H, W) and (N, C).
+    """
+    kept = {}
+
+    def keep(part, _, output):
+        if output.ndim == 4 and output.shape[-1] >= smallest:
+            kept["map"] = output
+
+    hooks = [part.register_forward_hook(keep) for part in network.backbone.children()]
+    logits = head(network.backbone(x))
+    for hook in hooks:
+        hook.remove()
+    gradient, = torch.autograd.grad(logits.amax(1).sum(), kept["map"])
+    importance = gradient.mean((2, 3), keepdim=True)  # Eq. 1
+    cam = (importance * kept["map"]).sum(1, keepdim=True).relu().detach()  # Eq. 2
+    cam = nn.functional.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0]
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12), logits.softmax(1).detach()
+
+
+def gradcam_figure(folders: list[Path], columns: int):
+    """NCCTFER, Fig. 8: test faces under the Grad-CAM of each run, with prediction and probability in green or red."""
+    from matplotlib import colormaps
+
+    runs = [Trained(folder) for folder in folders]
+    test = runs[0].test
+    if any(run.test.names != test.names for run in runs):
+        raise UserError("the runs must be on the same test images")
+    order = torch.arange(len(test.labels))
+    per_class = [order[test.labels == c] for c in range(len(test.classes))]
+    rows = [members[k].item() for k in range(columns) for members in per_class if k < len(members)][:columns]  # every class in turn
+    shown, captions, colours = [], [], []
+    for run in runs:
+        x = next(common.Pixels(test.images[rows], torch.device("cpu")).inputs(run.args.size))
+        cam, probs = grad_cam(run.network, run.head(), x)
+        cam = nn.functional.interpolate(cam[:, None], test.images.shape[-2:], mode="bilinear")
+        heat = torch.from_numpy(colormaps["jet"](cam[:, 0].numpy())[..., :3]).permute(0, 3, 1, 2)  # (N, 3, H, W) in [0, 1]
+        faces = test.images[rows].expand(-1, 3, -1, -1) / 255
+        shown.append((255 * (0.6 * faces + 0.4 * heat)).to(torch.uint8))
+        for i, p in zip(rows, probs):
+            captions.append(f"{test.classes[p.argmax()]}\n{p.max():.2f}")
+            colours.append("tab:green" if p.argmax() == test.labels[i] else "tab:red")
+    title = "Grad-CAM of the predicted class, a row per run: " + ", ".join(run.folder.name for run in runs) + " (green right, red wrong)"
+    return common.figure_of_faces(torch.cat(shown), captions, colours, title, columns)
+
+
+def tsne_figure(folder: Path):
+    """The features of the test faces in the plane by t-SNE, coloured by their labels."""
+    from matplotlib.figure import Figure
+
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise UserError("t-SNE needs scikit-learn: pip install scikit-learn") from None
+    run = Trained(folder)
+    perplexity = min(30, (len(run.test.images) - 1) // 3)  # scikit-learn's own, less where there are few faces
+    place = TSNE(perplexity=perplexity, random_state=0).fit_transform(run.features(run.test.images).numpy())
+    figure = Figure((6.5, 6), layout="constrained")
+    axes = figure.subplots()
+    for c, name in enumerate(run.test.classes):
+        axes.scatter(*place[run.test.labels.numpy() == c].T, s=6, label=name)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(f"t-SNE of the test features: {folder.name}", fontsize=10)
+    axes.legend(markerscale=2)
+    return figure
+
+
+@common.reports_errors
+def main(argv=None) -> int:
+    parser = common.Parser("figures.py", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, count, help_ in (("weights", 3, "SCN, Fig. 3"), ("gradcam", "+", "NCCTFER, Fig. 8"), ("tsne", 1, "features in the plane")):
+        command = commands.add_parser(name, help=help_)
+        command.add_argument("runs", nargs=count, type=Path, help="run folders")
+        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write (default: %(default)s)")
+        if name != "tsne":
+            command.add_argument("--columns", type=common.positive_int, default=14, help="faces in a row (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.command == "weights":
+        figure = weights_figure(args.runs, args.columns)
+    elif args.command == "gradcam":
+        figure = gradcam_figure(args.runs, args.columns)
+    else:
+        figure = tsne_figure(args.runs[0])
+    figure.savefig(args.out, dpi=110)
+    print(f"{args.out} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cocuring
+import ncctfer
+import scn
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare, figures = load("compare"), load("figures")
+
+
+@pytest.fixture
+def suite(tiny, tmp_path, monkeypatch):
+    rows = [compare.Row("one network (baseline)", "cocuring", "--networks 1 --lambda-max 0 --no-relabel", 1), compare.Row("SCN", "scn", "--relabel-from 1", 1)]
+    monkeypatch.setattr(compare, "SUITES", {"small": {"title": "Small", "flags": " ".join(tiny), "seeds": (1, 2), "rows": rows}})
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    return ["small", "--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
+
+
+def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
+    assert compare.main([*suite, "--seeds", "2"]) == 0
+    record = tmp_path / "results" / "small" / "scn-s2.json"
+    before = record.read_bytes()
+    first = json.loads(before)
+    history = [json.loads(line) for line in (tmp_path / "runs" / "small" / "scn-s2" / "metrics.jsonl").read_text().splitlines()]
+    assert first["last5"] == pytest.approx(np.mean([line["accuracy/test"] for line in history]), abs=1e-6)
+    assert first["weight/auc_clean"] == pytest.approx(history[-1]["weight/auc_clean"], abs=1e-6)
+    assert first["command"].startswith("python scn.py --noise 0.4") and first["command"].endswith("--relabel-from 1 --seed 2")
+    capsys.readouterr()
+    assert compare.main(suite) == 0
+    assert "=== 2 of 2" in capsys.readouterr().out and record.read_bytes() == before  # seed 1 alone was left to do
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "## Small" in page and "| SCN | 2 |" in page and "weight/auc_clean" in page
+    assert (tmp_path / "docs" / "figures" / "small.png").exists()
+
+
+def test_compare_goes_on_with_an_interrupted_run(suite, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.common.Run, "finish", stop)
+        with pytest.raises(SystemExit):
+            compare.main([*suite, "--seeds", "1"])
+    assert not (tmp_path / "results").exists()
+    assert compare.main([*suite, "--seeds", "1"]) == 0
+    assert json.loads((tmp_path / "results" / "small" / "scn-s1.json").read_text())["seed"] == 1
+
+
+def test_grad_cam_of_a_linear_map_is_the_weighted_map():
+    # Score = sum_c w_c mean(A_c), so that the gradient at each place is w_c / (H W) and the map is relu(sum_c w_c A_c).
+    conv = torch.nn.Conv2d(3, 2, 1, bias=False)
+    backbone = torch.nn.Sequential(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    head = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        conv.weight[:] = torch.tensor([[1.0, 0, 0], [0, 1, 0]])[:, :, None, None]
+        head.weight[:] = torch.tensor([[1.0, -2.0], [-10, -10]])
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x[:, 0] += 1  # the first class is the prediction
+    cam, probs = figures.grad_cam(SimpleNamespace(backbone=backbone), head, x)
+    expected = (x[:, 0] - 2 * x[:, 1]).relu()
+    assert torch.allclose(cam, expected / expected.amax((1, 2), keepdim=True), atol=1e-5)
+    assert torch.allclose(probs, (torch.stack([x[:, 0] - 2 * x[:, 1], -10 * (x[:, 0] + x[:, 1])], 1).mean((2, 3))).softmax(1), atol=1e-5)
+
+
+def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
+    def run(script, name, *flags):
+        assert script.main([*tiny, *flags, "--out", str(tmp_path), "--name", name, "--cache", str(tmp_path / "cache")]) == 0
+        return str(tmp_path / name)
+
+    clean, noisy, cured = run(scn, "clean", "--noise", "0"), run(scn, "noisy", "--no-relabel"), run(scn, "cured", "--relabel-from", "1")
+    other, peers = run(ncctfer, "other"), run(cocuring, "peers")
+    for command in (["weights", clean, noisy, cured], ["gradcam", other, cured, peers, "--columns", "9"], ["tsne", other]):
+        if command[0] == "tsne":
+            pytest.importorskip("sklearn")
+        out = tmp_path / f"{command[0]}.png"
+        assert figures.main([*command, "--out", str(out)]) == 0
+        pixels = np.asarray(Image.open(out).convert("RGB"))
+        assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
+    for command, words in ((["weights", clean, noisy, other], "of ncctfer"), (["weights", cured, noisy, clean], "injected noise"), (["gradcam", str(tmp_path)], "model.pt")):
+        capsys.readouterr()
+        assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
