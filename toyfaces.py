@@ -23,8 +23,8 @@ SPLITS = {"train": 2500, "valid": 800, "test": 800}
 # Mouth curve (1 smile, -1 frown), opening and width; brow height and tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
 FEATURES = np.array([
     [0.00, 1.00, 0.45, 1.00, 0.00, 1.45, 0.00],    # surprise: round open mouth, high brows, wide eyes
-    [-0.45, 0.45, 0.95, 0.75, 0.80, 1.45, 0.00],   # fear: wide open mouth, high slanted brows, wide eyes
-    [-0.60, 0.20, 0.75, -0.45, -0.30, 0.45, 1.00], # disgust: wrinkled nose, narrowed eyes, raised lip
+    [-0.45, 0.65, 1.10, 0.75, 0.80, 1.45, 0.00],   # fear: wide open mouth, high slanted brows, wide eyes
+    [-0.60, 0.40, 0.75, -0.45, -0.30, 0.40, 1.00], # disgust: wrinkled nose, narrowed eyes, raised lip
     [1.00, 0.40, 1.00, 0.15, 0.00, 0.80, 0.00],    # happiness: a smile
     [-1.00, 0.00, 0.65, 0.10, 1.00, 0.65, 0.00],   # sadness: mouth corners down, inner brows up
     [-0.25, 0.00, 0.60, -0.90, -1.00, 1.05, 0.00], # anger: low brows drawn together, tight mouth
@@ -52,12 +52,12 @@ def expression(split: str, index: int, seed: int = 0, difficulty: float = 0.0, l
         label = min(int(np.searchsorted(FREQUENCIES.cumsum(), place, side="right")), len(CLASSES) - 1)
     rng = np.random.default_rng([seed, part, index])
     # A class at some intensity, with a little of another class blended in: some faces are truly ambiguous.
-    intensity = rng.uniform(0.75 - 0.40 * difficulty, 1.15 - 0.25 * difficulty)
+    intensity = rng.uniform(0.85 - 0.50 * difficulty, 1.15 - 0.25 * difficulty)
     other = int(rng.integers(len(CLASSES)))
     blend = rng.beta(1, 4) * (0.12 + 0.48 * difficulty)
     features = NEUTRAL + intensity * ((1 - blend) * FEATURES[label] + blend * FEATURES[other] - NEUTRAL)
     va = intensity * ((1 - blend) * VALENCE_AROUSAL[label] + blend * VALENCE_AROUSAL[other])
-    return label, np.clip(va, -1, 1).astype(np.float32), features + rng.normal(0, 0.08, len(features)), rng
+    return label, np.clip(va, -1, 1).astype(np.float32), features + rng.normal(0, 0.06, len(features)), rng
 
 
 def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty: float = 0.0, label: int | None = None):
@@ -71,7 +71,7 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
 
     # Drawn at twice the size, box-filtered down: strokes keep fractional widths. Lengths below are shares of the half face.
     s = 2 * size
-    background = rng.integers(40, 230, 3)
+    background = np.clip(rng.integers(60, 210) + rng.normal(0, 15, 3), 0, 255).astype(int)
     image = Image.new("RGB", (s, s), tuple(background.tolist()))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(0, 3 + 5 * difficulty))):  # clutter behind the face
@@ -124,7 +124,7 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
     if wrinkle > 0.3:
         for k in range(3):
             y = eye_y + 0.02 + 0.085 * k
-            draw.line([at(-0.16 * wrinkle, y - 0.05), at(0, y), at(0.16 * wrinkle, y - 0.05)], fill=ink, width=max(1, stroke // 2))
+            draw.line([at(-0.16 * wrinkle, y - 0.05), at(0, y), at(0.16 * wrinkle, y - 0.05)], fill=ink, width=max(1, 3 * stroke // 4))
 
     # Mouth: a parabola for each lip
     mouth_y, t = rng.uniform(0.48, 0.56), np.linspace(-1, 1, 13)
