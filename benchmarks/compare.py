@@ -11,6 +11,7 @@ until it is done. Each record is small and holds its command, so a single number
 import argparse
 import importlib
 import json
+import re
 import statistics
 import sys
 import time
@@ -84,9 +85,13 @@ KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_c
          "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes")
 
 
+def slug(row: Row) -> str:
+    """The row's name in file names and on the command line: "co-curing-no-relabelling"."""
+    return re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
+
+
 def record_path(suite: str, row: Row, seed: int) -> Path:
-    name = "".join(c if c.isalnum() else "-" for c in row.name.lower()).replace("--", "-").strip("-")
-    return RESULTS / suite / f"{name}-s{seed}.json"
+    return RESULTS / suite / f"{slug(row)}-s{seed}.json"
 
 
 def machine() -> str:
@@ -200,11 +205,12 @@ def main(argv=None) -> int:
     parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="what to run (default: nothing, only write the docs)")
     parser.add_argument("--root", help="folder of the data set, where the suite needs one")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the suite")
+    parser.add_argument("--rows", choices=sorted({slug(row) for suite in SUITES.values() for row in suite["rows"]}), nargs="+", metavar="ROW", help="only these rows, named as the records are: co-curing-no-relabelling")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--cache", default="cache", help="where decoded images are kept (default: %(default)s)")
     args = parser.parse_args(argv)
     todo = [(suite, row, seed) for suite in args.suites for seed in SUITES[suite]["seeds"] if not args.seeds or seed in args.seeds
-            for row in SUITES[suite]["rows"] if not record_path(suite, row, seed).exists()]
+            for row in SUITES[suite]["rows"] if (not args.rows or slug(row) in args.rows) and not record_path(suite, row, seed).exists()]
     began = time.perf_counter()
     for done, (suite, row, seed) in enumerate(todo):
         left = f", about {(time.perf_counter() - began) / done * (len(todo) - done) / 60:.0f} minutes left" if done else ""

@@ -34,6 +34,7 @@ def suite(tiny, tmp_path, monkeypatch):
 
 
 def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
+    assert compare.main([*suite, "--seeds", "2", "--rows", "scn"]) == 0
     assert compare.main([*suite, "--seeds", "2"]) == 0
     record = tmp_path / "results" / "small" / "scn-s2.json"
     before = record.read_bytes()
