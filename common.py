@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -746,8 +747,6 @@ class Run:
 
     def start(self) -> dict | None:
         """Make the folder ready for training. Returns the last checkpoint if there is one to resume, else None."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self.lock_folder()
@@ -767,7 +766,7 @@ class Run:
             record = {"method": self.method, **self.settings, "argv": self.args.argv, "versions": versions(), "commit": commit()}
             write_atomically(self.folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         # purge_step: TensorBoard drops what a killed run logged after its last checkpoint
-        self.writer = SummaryWriter(self.folder, purge_step=state["epoch"] + 1 if state else None)
+        self.writer = summary_writer(self.folder, purge_step=state["epoch"] + 1 if state else None)
         return state
 
     def __enter__(self):
@@ -883,6 +882,14 @@ def figure_of_audit(train: Split, current: Tensor, scores: Tensor, rows: list[in
         colours = ["tab:green" if train.labels[i] != train.clean[i] else "tab:red" for i in rows]
         title += " (green: the given label is indeed wrong)"
     return figure_of_faces(train.images[rows], captions, colours, title)
+
+
+def summary_writer(folder, purge_step: int | None = None):
+    """TensorBoard's writer of event files, kept from importing TensorFlow where that is installed (10 s and 0.6 GB)."""
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard asks for this module
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=purge_step)
 
 
 def summary(history: list[dict]) -> dict[str, float]:

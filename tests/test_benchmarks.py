@@ -98,3 +98,18 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("what", ["data", "methods"])
+def test_throughput_reports_every_kind(what, tiny, tmp_path, monkeypatch, capsys):
+    throughput = load("throughput")
+    monkeypatch.setattr(throughput, "ROUNDS", 1)
+    assert throughput.main([what, *tiny, "--cache", str(tmp_path)]) == 0
+    kinds = {"data": ["synthetic", "real", "loader"], "methods": ["one network", "SCN", "NCCTFER", "Co-curing"]}[what]
+    printed = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(kind) and "median" in line for line in printed) for kind in kinds)
+
+
+def test_throughput_must_be_told_what_to_time(capsys):
+    assert load("throughput").main([]) == 2
+    assert "data or methods" in capsys.readouterr().err

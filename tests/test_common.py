@@ -1,7 +1,10 @@
 """The foundation: plan of random draws, augmentation against torchvision, backbones, checkpoints, metrics."""
 
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +412,9 @@ def test_a_line_cut_by_a_kill_is_passed_over(tmp_path):
     run.folder.mkdir()
     (run.folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "acc')
     assert run.history() == [{"epoch": 1}]
+
+
+def test_event_files_are_written_without_tensorflow(tmp_path):
+    code = f"import sys, common; w = common.summary_writer({str(tmp_path)!r}); w.add_scalar('a', 1, 1); w.close(); sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, check=True)
+    assert list(tmp_path.glob("events.out.tfevents.*"))
