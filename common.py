@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasets import (  # noqa: F401 - part of what the scripts take from here
-    RAF_CONFUSIONS, Split, UserError, asymmetric_noise, generator_of, inject, load_data, load_train_index, seed_of, symmetric_noise,
-    write_atomically, write_labels,
+    RAF_CONFUSIONS, Index, Split, UserError, asymmetric_noise, generator_of, inject, load_data, load_train_index, read_labels, read_va,
+    seed_of, symmetric_noise, write_atomically, write_labels,
 )
 
 try:
@@ -96,12 +96,13 @@ def number(kind, low, high=math.inf, open_low=False, open_high=False):
 positive_int = number(int, 1)
 
 
-def add_index_args(parser) -> None:
-    """Which training images with which labels: what inject_noise.py takes too."""
+def add_index_args(parser, several: bool = False) -> None:
+    """Which training images with which labels: what inject_noise.py takes too. several: --noise and --labels take several."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=DATA_SETS, default="toy", help="data set (default: %(default)s, drawn by toyfaces.py)")
     group.add_argument("--root", help="folder of the data set (default: data/<name>)")
-    group.add_argument("--noise", type=number(float, 0, 1, open_high=True), default=0.0, metavar="RATE", help="share of each class's training labels that is made wrong (default: %(default)s)")
+    many = dict(nargs="+", default=[0.0]) if several else dict(default=0.0)
+    group.add_argument("--noise", type=number(float, 0, 1, open_high=True), metavar="RATE", help="share of each class's training labels that is made wrong" + several * ", one for each label set" + " (default: 0)", **many)
     group.add_argument("--noise-type", choices=("symmetric", "asymmetric"), default="symmetric", help="to any other class, or to the class's confusion partner (default: %(default)s)")
     group.add_argument("--noise-seed", type=number(int, 0), help="seed of the noise (default: --seed)")
     group.add_argument("--classes", type=int, choices=(7, 8), help="expression classes to keep: 7 is without contempt (default: all of the data set)")
@@ -110,24 +111,26 @@ def add_index_args(parser) -> None:
     group.add_argument("--seed", type=number(int, 0), default=1, help="seed of weights, order, augmentation and noise (default: %(default)s)")
 
 
-def add_data_args(parser) -> None:
-    """The options that `load_data` reads."""
-    add_index_args(parser)
+def add_data_args(parser, several: bool = False) -> None:
+    """The options that `load_data` reads; with several label sets their --noise and --labels are lists."""
+    add_index_args(parser, several)
     group = parser.add_argument_group("images and labels")
-    group.add_argument("--labels", metavar="FILE", help="training labels from a file; excludes --noise")
+    group.add_argument("--labels", metavar="FILE", nargs="+" if several else None, help="training labels from a file" + several * ", one for each label set" + "; excludes --noise")
     group.add_argument("--split", choices=("test", "valid"), default="test", help="what is evaluated; valid: for choosing settings (default: %(default)s)")
     group.add_argument("--size", type=number(int, 16), help="pixels of the square network input")
     group.add_argument("--cache", default="cache", metavar="DIR", help="where decoded images are kept (default: %(default)s)")
 
 
-def add_training_args(parser) -> None:
+def add_training_args(parser, backbone: bool = True) -> None:
+    """backbone: with the options of a backbone that ends in a linear head."""
     group = parser.add_argument_group("training")
-    group.add_argument("--backbone", choices=tuple(BACKBONES), default="resnet18", help="(default: %(default)s)")
-    group.add_argument("--pretrained", default="none", metavar="{none,imagenet,PATH}", help="weights that the backbone starts from (default: %(default)s)")
+    if backbone:
+        group.add_argument("--backbone", choices=tuple(BACKBONES), default="resnet18", help="(default: %(default)s)")
+        group.add_argument("--pretrained", default="none", metavar="{none,imagenet,PATH}", help="weights that the backbone starts from (default: %(default)s)")
+        group.add_argument("--head-lr", type=number(float, 0, open_low=True), help="learning rate of the classification layer")
     group.add_argument("--epochs", type=positive_int)
     group.add_argument("--batch-size", type=number(int, 2))
-    group.add_argument("--lr", type=number(float, 0, open_low=True), help="learning rate of the backbone")
-    group.add_argument("--head-lr", type=number(float, 0, open_low=True), help="learning rate of the classification layer")
+    group.add_argument("--lr", type=number(float, 0, open_low=True), help="learning rate" + backbone * " of the backbone")
     group.add_argument("--oversample", action=argparse.BooleanOptionalAction, default=False, help="class-balanced sampling by the given labels (default: %(default)s)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device computes it natively (default: %(default)s)")
@@ -148,7 +151,7 @@ def parse_with_presets(parser, presets: dict, argv, method: str):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     early, _ = parser.parse_known_args(argv)
-    start = "scratch" if early.pretrained == "none" else "pretrained"
+    start = "scratch" if getattr(early, "pretrained", "none") == "none" else "pretrained"
     preset = presets[start] | presets.get(f"{start} {early.data}", {})
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, **preset)
     args = parser.parse_args(argv)
@@ -162,7 +165,7 @@ def parse_with_presets(parser, presets: dict, argv, method: str):
 
 
 def check_data_args(args, parser) -> None:
-    if args.labels and args.noise:
+    if args.labels and np.any(args.noise):
         parser.error("--labels and --noise exclude each other: the file brings its own noise")
     if args.difficulty and args.data != "toy":
         parser.error("--difficulty is for --data toy alone")
@@ -182,7 +185,8 @@ def default_name(args, parser, method: str) -> str:
             changed.append(flag if value else f"no-{flag}")
         else:
             changed.append(flag + re.sub(r"[^\w.]+", "_", Path(value).stem if isinstance(value, str) else str(value)))
-    return "-".join([method, args.data, f"n{args.noise:g}", *changed, f"s{args.seed}"])
+    rates = "-".join(f"{rate:g}" for rate in np.atleast_1d(args.noise))
+    return "-".join([method, args.data, f"n{rates}", *changed, f"s{args.seed}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,11 +252,11 @@ class Pixels:
             stop.set()
             thread.join()
 
-    def inputs(self, size: int, batch_size: int = 512):
-        """Yield all images in their order, unaugmented, as network inputs (B, 3, size, size)."""
+    def inputs(self, size: int, batch_size: int = 512, mean=None, std=None):
+        """Yield all images in their order, unaugmented, as network inputs (B, 3, size, size); mean, std: see `network_input`."""
         count = len(self.images)
         for _, _, images in self.batches(torch.arange(count), [slice(i, i + batch_size) for i in range(0, count, batch_size)]):
-            yield network_input(images, size)
+            yield network_input(images, size, mean, std)
 
 
 class EpochPlan:
@@ -343,6 +347,19 @@ def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturatio
     if images.shape[1] == 1:  # a grey image has no saturation
         return images
     return torch.lerp(grey_of(images), images, saturation).clamp(0, 255)
+
+
+def random_affine(images: Tensor, plan: EpochPlan, part: slice, degrees: float, shift: float, zoom: float) -> Tensor:
+    """Rotate, shift and zoom about the centre, drawn per sample from +- degrees, +- shift (share of the size), 1 +- zoom.
+
+    images: (B, C, H, W) with H = W, the samples at the positions `part` of the plan; bilinear, black outside. Returns float32.
+    """
+    angle, x, y, scale = (2 * plan.draw(name, part) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
+    angle, scale = torch.deg2rad(degrees * angle), 1 + zoom * scale
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    rows = [torch.stack([cos, -sin, 2 * shift * x], 1), torch.stack([sin, cos, 2 * shift * y], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
 
 
 def augment(images: Tensor, plan: EpochPlan, part: slice, crop: int = 0, jitter: float = 0.0) -> Tensor:
@@ -465,12 +482,15 @@ def blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all the papers' codes
 
 
-def network_input(images: Tensor, size: int) -> Tensor:
-    """Images (B, 1 or 3, H, W), uint8 or float in [0, 255] -> normalised float32 (B, 3, size, size), channels last."""
+def network_input(images: Tensor, size: int, mean=None, std=None) -> Tensor:
+    """Images (B, 1 or 3, H, W), uint8 or float in [0, 255] -> normalised float32 (B, 3, size, size), channels last.
+
+    mean, std: of values in [0, 1], a number for each channel; MEAN and STD by default.
+    """
     images = images.float() / 255
     if images.shape[-1] != size or images.shape[-2] != size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    mean, std = images.new_tensor(MEAN)[:, None, None], images.new_tensor(STD)[:, None, None]
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (mean or MEAN, std or STD))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)  # (1 channel broadcasts to 3)
 
 

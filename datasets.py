@@ -582,6 +582,33 @@ def read_labels(path, index: Index) -> Tensor:
     return labels
 
 
+def read_va(path, index: Index) -> Tensor:
+    """Valence and arousal, float32 (N, 2), of the images of `index`: "name valence arousal" a line, or with commas.
+
+    Values outside [-1, 1] are clamped, and counted on the screen. Raises UserError as `read_labels`.
+    """
+    table, clamped = {}, 0
+    key = str if any("/" in name for name in index.names) else name_key
+    for line_number, line in enumerate(read_text(path).splitlines(), 1):
+        fields = [part.strip() for part in (line.split(",") if "," in line else line.rsplit(None, 2))]
+        if not line.strip() or (line_number == 1 and [part.lower() for part in fields[1:]] == ["valence", "arousal"]):
+            continue
+        try:
+            name, *values = fields[0], float(fields[1]), float(fields[2])
+        except (ValueError, IndexError):
+            raise UserError(f"{path}, line {line_number}: {line!r} is not a name, a valence and an arousal") from None
+        if len(fields) != 3 or not np.isfinite(values).all():
+            raise UserError(f"{path}, line {line_number}: {line!r} is not a name, a valence and an arousal")
+        clamped += max(map(abs, values)) > 1
+        table[key(name)] = np.clip(values, -1, 1)
+    missing = [name for name in index.names if key(name) not in table]
+    if missing:
+        raise UserError(f"{path}: no valence and arousal for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}")
+    if clamped:
+        print(f"{path}: {clamped:,} lines lie outside [-1, 1] and were clamped")
+    return torch.tensor(np.array([table[key(name)] for name in index.names]), dtype=torch.float32)
+
+
 def check_order(labels: Tensor, own: Tensor, path) -> None:
     """Refuse RAF-DB labels that are numbered in AffectNet's order: read so, they agree better with the data set's own."""
     to_raf = torch.tensor([RAF_CLASSES.index(name) for name in AFFECTNET_CLASSES[:7]])

@@ -418,3 +418,38 @@ def test_event_files_are_written_without_tensorflow(tmp_path):
     code = f"import sys, common; w = common.summary_writer({str(tmp_path)!r}); w.add_scalar('a', 1, 1); w.close(); sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, check=True)
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+class Constant:
+    """A plan whose draws are given by name, 0.5 (the middle of each range) otherwise."""
+
+    def __init__(self, **draws):
+        self.draws = {name.replace("_", " "): value for name, value in draws.items()}
+
+    def draw(self, name, part):
+        return torch.full((part.stop - part.start,), self.draws.get(name, 0.5))
+
+
+def test_random_affine_shifts_turns_and_zooms():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    def moved(**draws):
+        return common.random_affine(images, Constant(**draws), slice(0, 2), 90, 0.25, 0.5)
+
+    torch.testing.assert_close(moved(), images.float(), atol=1e-3, rtol=0)
+    shifted = moved(shift_x=1.0)  # a quarter of eight pixels, looked up to the right
+    torch.testing.assert_close(shifted[..., :6], images.float()[..., 2:], atol=1e-3, rtol=0)
+    assert (shifted[..., 6:] == 0).all()
+    turned = moved(rotation=1.0)
+    assert any(torch.allclose(turned, images.float().rot90(k, (2, 3)), atol=1e-2) for k in (1, 3))
+    zoomed = moved(zoom=0.0)  # half the size: black around
+    assert (zoomed[..., :1] == 0).all() and zoomed[..., 3:5, 3:5].mean() > 0
+
+
+def test_random_affine_draws_for_each_sample():
+    images = torch.randint(0, 256, (1, 1, 16, 16), dtype=torch.uint8).expand(6, -1, -1, -1)
+    plan = common.EpochPlan(6, 1, 1, torch.device("cpu"))
+    whole = common.random_affine(images, plan, slice(0, 6), 10, 0.1, 0.1)
+    assert not torch.equal(whole[0], whole[1])
+    halves = [common.random_affine(images[:3], plan, part, 10, 0.1, 0.1) for part in (slice(0, 3), slice(3, 6))]
+    torch.testing.assert_close(whole, torch.cat(halves))

@@ -1,0 +1,469 @@
+"""Joint-distribution GAN: several noisy label sets and noisy valence-arousal, matched with the images as one distribution.
+
+S. Zhang, Z. Huang, D. P. Paudel, L. Van Gool: "Facial Emotion Recognition with Noisy Multi-task Annotations", WACV 2021.
+An encoder predicts all labels and a latent vector from a face; a decoder makes a face from noise and the noisy labels.
+A discriminator with a stream for each variable compares (face, predictions) with (made face, noisy labels), jointly and
+one by one; fooling it regularises the encoder, which would otherwise memorise wrong labels one by one.
+
+    python jointgan.py --data toy --noise 0.3 0.4 --va-noise 0.3              # needs no data
+    python jointgan.py --data toy --noise 0.3 0.4 --va-noise 0.3 --lambda 0   # the baseline: the encoder (VGG) alone
+    python jointgan.py --data raf --root data/raf --labels machine_labels.txt --va-labels machine_va.txt
+"""
+
+import dataclasses
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
+
+import common
+from common import UserError
+
+# Used where no flag says otherwise: "scratch", then "scratch <data set>" on top of it.
+# Sizes, rates, lambda and the first adversarial epoch are those of the authors' code; epochs and the toy sizes are ours.
+PRESETS = {
+    "scratch": dict(size=64, width=1.0, hidden=500, epochs=40, batch_size=128, lr=1e-4, lam=1.0, adversarial_from=7, rotate=10.0, shift=0.1, zoom=0.1),
+    "scratch toy": dict(size=32, width=0.25, hidden=128, epochs=30, batch_size=64, lr=5e-4, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.0, zoom=0.0),
+}
+
+
+def parse_args(argv=None):
+    parser = common.Parser("jointgan.py", description=__doc__.split("\n\n")[0])
+    common.add_data_args(parser, several=True)
+    common.add_training_args(parser, backbone=False)
+    group = parser.add_argument_group("joint-distribution GAN")
+    group.add_argument("--va-labels", metavar="FILE", help="valence and arousal to train on, from a file: a name and two numbers a line")
+    group.add_argument("--va-noise", type=common.number(float, 0), default=0.0, metavar="SIGMA", help="standard deviation of Gaussian noise on the training valence and arousal (default: %(default)s)")
+    group.add_argument("--no-va", dest="va", action="store_false", help="Table 2, single task: expression labels alone")
+    group.add_argument("--vote", action="store_true", help="Table 1, 'major vote': one label set, the majority of all, ties drawn")
+    group.add_argument("--lambda", dest="lam", type=common.number(float, 0), help="weight of the adversarial terms, Eq. 9 (authors' code: 1.0 on RAF, 0.8 on CIFAR-10, 0.4 on AffectNet); 0: no GAN, the VGG baseline")
+    group.add_argument("--gamma", type=common.number(float, 0), default=1.0, help="weight of the similarity loss of valence and arousal, Eq. 10 (authors' code: %(default)s)")
+    group.add_argument("--adversarial-from", type=common.number(int, 1), help="first epoch with the adversarial terms (authors' code: 7 on RAF, 2 on CIFAR-10, 1 on AffectNet)")
+    group.add_argument("--d-steps", type=common.positive_int, default=2, help="discriminator steps for each generator step (authors' code: %(default)s; Algorithm 1: one)")
+    group.add_argument("--no-joint", dest="joint", action="store_false", help="Table 3, w/o joint: no joint score")
+    group.add_argument("--no-marginal", dest="marginal", action="store_false", help="Table 3, w/o marginal: the joint score alone")
+    group.add_argument("--no-decoder", dest="decoder", action="store_false", help="Table 3, w/o G_X: (x, predictions) against (x, noise, noisy labels)")
+    group.add_argument("--label-stream", choices=("logits", "softmax"), default="logits", help="what the label streams get of the encoder's predictions (authors' code: %(default)s)")
+    group.add_argument("--noise-dim", type=common.positive_int, default=100, help="length of y0 (authors' code: %(default)s)")
+    group.add_argument("--hidden", type=common.positive_int, help="width of the encoder's fully connected layer (authors' code: 500; 512 on CIFAR-10)")
+    group.add_argument("--width", type=common.number(float, 0, open_low=True), help="factor on the channels of all three networks (paper: 1)")
+    group.add_argument("--rotate", type=common.number(float, 0, 180), help="random rotation, +- degrees (authors' code: 10)")
+    group.add_argument("--shift", type=common.number(float, 0, 1), help="random shift, +- share of the size (authors' code shifts; strength ours)")
+    group.add_argument("--zoom", type=common.number(float, 0, 1, open_high=True), help="random zoom, 1 +- this (authors' code zooms; strength ours)")
+    group.add_argument("--grid-every", type=common.positive_int, default=5, metavar="EPOCHS", help="log the grid of made faces every so many epochs (default: %(default)s)")
+    args = common.parse_with_presets(parser, PRESETS, argv, "jointgan")
+    if not (args.joint or args.marginal):
+        parser.error("--no-joint --no-marginal leaves no score: --lambda 0 is training without the GAN")
+    if args.size & (args.size - 1) or args.size < 32:
+        parser.error(f"--size {args.size}: the decoder doubles from 4 pixels, it needs a power of two from 32 on")
+    if args.va_labels and (args.va_noise or not args.va):
+        parser.error("--va-labels brings its own noise and is there to be used: neither --va-noise nor --no-va goes with it")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ccc(prediction: Tensor, target: Tensor) -> Tensor:
+    """Concordance correlation coefficient: 2 cov / (var + var + (difference of means)^2), with population moments.
+
+    prediction, target: (N,). Returns a scalar in [-1, 1]; 0 where both are constant.
+    """
+    mean_p, mean_t = prediction.mean(), target.mean()
+    covariance = ((prediction - mean_p) * (target - mean_t)).mean()
+    spread = (prediction - mean_p).square().mean() + (target - mean_t).square().mean()
+    constant = spread == 0
+    return torch.where(constant, 0.0, 2 * covariance / torch.where(constant, 1.0, spread + (mean_p - mean_t).square()))
+
+
+def multitask_loss(class_logits: list[Tensor], class_labels: list[Tensor], va_prediction: Tensor | None, va: Tensor | None, gamma: float = 1.0) -> Tensor:
+    """Eq. 10, f: cross-entropies summed over the label sets, + gamma (1 - mean CCC of valence and arousal).
+
+    class_logits: of each set (N, C). class_labels: of each set int64 (N,). va_prediction, va: (N, 2), or None: no such term.
+    """
+    loss = sum(F.cross_entropy(logits, labels) for logits, labels in zip(class_logits, class_labels, strict=True))
+    if va is not None:
+        loss = loss + gamma * (1 - (ccc(va_prediction[:, 0], va[:, 0]) + ccc(va_prediction[:, 1], va[:, 1])) / 2)
+    return loss
+
+
+def discriminator_loss(encoder_scores: Tensor, decoder_scores: Tensor) -> Tensor:
+    """Eqs. 9-10 for D, negated to be minimised: -min(0, s - 1) of the encoder's side, -min(0, -s - 1) of the decoder's.
+
+    encoder_scores, decoder_scores: (N, S), a column for each joint or marginal score. Returns a scalar.
+    """
+    return F.relu(1 - encoder_scores).mean() + F.relu(1 + decoder_scores).mean()
+
+
+def generator_loss(encoder_scores: Tensor, decoder_scores: Tensor) -> Tensor:
+    """Eqs. 9-10 for G_X and G_Y, h^(z) = -z: the encoder's scores shall fall and the decoder's rise. (N, S) each."""
+    return encoder_scores.mean() - decoder_scores.mean()
+
+
+def majority_vote(label_sets: list[Tensor], num_classes: int, generator: torch.Generator) -> Tensor:
+    """int64 (N,): the most frequent of the labels that the sets, int64 (N,) each, give an image; ties are drawn."""
+    votes = sum(F.one_hot(labels, num_classes).double() for labels in label_sets)
+    return (votes + torch.rand(votes.shape, generator=generator) / 2).argmax(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+
+
+def channels(count: int, width: float) -> int:
+    return max(8, round(count * width))
+
+
+class Encoder(nn.Module):
+    """G_Y: a VGG-16 trunk, a fully connected layer, and a head for each variable (Eq. 5)."""
+
+    def __init__(self, size: int, width: float, hidden: int, noise_dim: int, set_classes: list[int], has_va: bool):
+        super().__init__()
+        layers, c = [], 3
+        for entry in VGG16:
+            if entry == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(c, c := channels(entry, width), 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * (size // 32) ** 2, hidden), nn.ReLU())
+        self.mean, self.log_variance = nn.Linear(hidden, noise_dim), nn.Linear(hidden, noise_dim)
+        self.labels = nn.ModuleList(nn.Linear(hidden, count) for count in set_classes)
+        self.va = nn.Linear(hidden, 2) if has_va else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        """Images (N, 3, H, W) -> mean and log-variance of y0 (N, noise_dim), logits of each set (N, C), valence and arousal (N, 2)."""
+        features = self.trunk(x)
+        va = None if self.va is None else self.va(features).tanh().float()
+        return self.mean(features).float(), self.log_variance(features).float(), [head(features).float() for head in self.labels], va
+
+
+class SelfAttention(nn.Module):
+    """The self-attention layer of SAGAN (H. Zhang et al., 2019), which starts as the identity."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.query, self.key, self.value = (spectral_norm(nn.Conv2d(c, max(1, c // 8 if part < 2 else c // 2), 1, bias=False)) for part in range(3))
+        self.out = spectral_norm(nn.Conv2d(max(1, c // 2), c, 1, bias=False))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).flatten(2) for part in (self.query, self.key, self.value))  # (N, c', H W)
+        attended = v @ (q.transpose(1, 2) @ k).softmax(2).transpose(1, 2)
+        return x + self.gain * self.out(attended.unflatten(2, x.shape[2:]))
+
+
+class Decoder(nn.Module):
+    """G_X: y0 and labels -> a face; transposed convolutions, spectrally normalised, with self-attention at 16 pixels."""
+
+    def __init__(self, size: int, width: float, inputs: int):
+        super().__init__()
+        c = channels(512, width)
+        layers = [spectral_norm(nn.ConvTranspose2d(inputs, c, 4)), nn.BatchNorm2d(c), nn.ReLU()]  # 1 -> 4 pixels
+        pixels = 4
+        while pixels < size:
+            layers += [spectral_norm(nn.ConvTranspose2d(c, half := max(channels(64, width), c // 2), 4, 2, 1)), nn.BatchNorm2d(half), nn.ReLU()]
+            c, pixels = half, 2 * pixels
+            if pixels == 16:
+                layers.append(SelfAttention(c))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(c, 3, 3, padding=1), nn.Tanh())
+
+    def forward(self, y0: Tensor, labels: list[Tensor], va: Tensor | None) -> Tensor:
+        """y0 (N, noise_dim), one-hot labels of each set (N, C), va (N, 2) -> images (N, 3, size, size) in [-1, 1]."""
+        code = torch.cat([y0, *labels] + ([] if va is None else [va]), 1)
+        return self.layers(code[:, :, None, None]).float()
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut, halving the size (SAGAN's discriminator)."""
+
+    def __init__(self, c_in: int, c: int):
+        super().__init__()
+        self.first, self.second = spectral_norm(nn.Conv2d(c_in, c, 3, padding=1)), spectral_norm(nn.Conv2d(c, c, 3, padding=1))
+        self.shortcut = spectral_norm(nn.Conv2d(c_in, c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(F.relu(self.first(F.relu(x))))
+        return F.avg_pool2d(y, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+class ResidualMLP(nn.Module):
+    """A vector (N, inputs) -> features (N, features): a layer and a residual block of two, spectrally normalised."""
+
+    def __init__(self, inputs: int, features: int):
+        super().__init__()
+        self.inlet, self.first, self.second = (spectral_norm(nn.Linear(n, features)) for n in (inputs, features, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inlet(x)
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class Discriminator(nn.Module):
+    """D (Fig. 2b): a stream and a marginal score for each variable, and a joint score of the streams' features."""
+
+    def __init__(self, size: int, width: float, noise_dim: int, set_classes: list[int], has_va: bool, joint: bool = True, marginal: bool = True, image_score: bool = True):
+        super().__init__()
+        features = channels(512, width)
+        c, pixels, blocks = channels(64, width), size, []
+        blocks.append(ResidualBlock(3, c))
+        pixels //= 2
+        while pixels > 4:
+            if pixels <= 16 and not any(isinstance(block, SelfAttention) for block in blocks):
+                blocks.append(SelfAttention(c))
+            blocks.append(ResidualBlock(c, wider := min(2 * c, features)))
+            c, pixels = wider, pixels // 2
+        self.image = nn.Sequential(*blocks, nn.ReLU())
+        self.image_features = spectral_norm(nn.Linear(c, features))
+        vectors = [noise_dim, *set_classes] + [2] * has_va
+        self.vectors = nn.ModuleList(ResidualMLP(n, features) for n in vectors)
+        streams = ["x", "y0", *(f"y{t}" for t in range(1, len(set_classes) + 1))] + ["va"] * has_va
+        scored = [name for name in streams if name != "x" or image_score] if marginal else []
+        self.scored = [streams.index(name) for name in scored]
+        self.marginals = nn.ModuleList(spectral_norm(nn.Linear(features, 1)) for _ in scored)
+        self.joint = nn.Sequential(ResidualMLP(features * len(streams), features), nn.ReLU(), spectral_norm(nn.Linear(features, 1))) if joint else None
+        self.scores = ["joint"] * joint + scored  # what the columns of the scores are
+
+    def forward(self, x: Tensor, y0: Tensor, labels: list[Tensor], va: Tensor | None) -> Tensor:
+        """Images (N, 3, H, W), y0 (N, noise_dim), label vectors of each set (N, C), va (N, 2) -> scores (N, S), float32."""
+        maps = self.image(x).sum((2, 3))
+        vectors = [y0, *labels] + ([] if va is None else [va])
+        features = [self.image_features(maps), *(stream(v) for stream, v in zip(self.vectors, vectors, strict=True))]
+        columns = [] if self.joint is None else [self.joint(torch.cat(features, 1))]
+        columns += [score(F.relu(features[k])) for k, score in zip(self.scored, self.marginals)]
+        return torch.cat(columns, 1).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_label_sets(args) -> tuple:
+    """The training and the evaluated split, and the label sets, int64 (N,) each; valence and arousal with their noise.
+
+    train.labels is the first set, train.clean the data set's own labels where the sets are others.
+    """
+    own_labels = dict(vars(args), noise=0.0, labels=None)
+    train, test = common.load_data(type(args)(**own_labels))
+    own, index = train.labels, common.Index(train.names, train.labels.tolist(), train.classes)
+    if args.labels:
+        sets = [common.read_labels(path, index) for path in args.labels]
+    else:  # the noise of each set has a seed of its own
+        sets = [common.inject(own, train.classes, rate, args.noise_type, args.noise_seed + t) if rate else own for t, rate in enumerate(args.noise)]
+    for t, labels in enumerate(sets, 1):
+        print(f"label set {t}: {(labels != own).float().mean():.1%} of the labels are not the data set's own")
+    if args.vote:
+        sets = [majority_vote(sets, len(train.classes), common.generator_of("vote", args.noise_seed))]
+        print(f"majority vote: {(sets[0] != own).float().mean():.1%} of the labels are not the data set's own")
+    va = common.read_va(args.va_labels, index) if args.va_labels else train.va
+    if va is None and args.va_noise:
+        raise UserError(f"--va-noise: --data {args.data} has no valence and arousal, --va-labels FILE brings them")
+    if va is not None and args.va_noise:
+        noise = torch.randn(va.shape, generator=common.generator_of("va noise", args.noise_seed))
+        va = (va + args.va_noise * noise).clamp(-1, 1)
+    clean = None if all(torch.equal(labels, own) for labels in sets) else own
+    return dataclasses.replace(train, labels=sets[0], clean=clean, va=va if args.va else None), test, sets
+
+
+def make_networks(args, num_classes: int, sets: int, has_va: bool, device) -> tuple[Encoder, Decoder | None, Discriminator | None]:
+    """G_Y, G_X and D; the last two are None where they are not used."""
+    torch.manual_seed(common.seed_of("network", 1, args.seed))
+    counts, decoder, discriminator = [num_classes] * sets, None, None
+    encoder = Encoder(args.size, args.width, args.hidden, args.noise_dim, counts, has_va)
+    if args.lam:
+        discriminator = Discriminator(args.size, args.width, args.noise_dim, counts, has_va, args.joint, args.marginal, args.decoder)
+    if args.lam and args.decoder:
+        decoder = Decoder(args.size, args.width, args.noise_dim + sum(counts) + 2 * has_va)
+    made = [None if n is None else n.to(device, memory_format=torch.channels_last) for n in (encoder, decoder, discriminator)]
+    if args.compile:
+        for network in filter(None, made):
+            network.compile()
+    return tuple(made)
+
+
+def face_input(images: Tensor, size: int) -> Tensor:
+    """Network input in [-1, 1], the range of the decoder's faces."""
+    return common.network_input(images, size, (0.5,) * 3, (0.5,) * 3)
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_classes: int, epoch: int, args) -> tuple[Tensor, dict]:
+    """One epoch over the training set. Returns the losses (steps,) and the scalars.
+
+    networks: (G_Y, G_X or None, D or None). optimizers: of G_Y with G_X, and of D. sets: int64 (N,) each. va: (N, 2) or None.
+    """
+    encoder, decoder, discriminator = networks
+    adversarial = discriminator is not None and epoch >= args.adversarial_from
+    losses, hits, numbers, scores = [], [], [], []
+    for network in filter(None, networks):
+        network.train()
+    for part, index, images in tqdm(pixels.batches(plan.order, slices), f"epoch {epoch}", len(slices), leave=False, disable=None):
+        images = common.augment(images, plan, part)
+        if args.rotate or args.shift or args.zoom:
+            images = common.random_affine(images, plan, part, args.rotate, args.shift, args.zoom)
+        x, labels, target = face_input(images, args.size), [y[index] for y in sets], None if va is None else va[index]
+        given = [F.one_hot(y, num_classes).float() for y in labels]
+        with common.autocast(x.device, args.precision):
+            mean, log_variance, logits, prediction = encoder(x)
+        loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
+        streams = [z.softmax(1) for z in logits] if args.label_stream == "softmax" else logits
+
+        def both_sides():
+            """Scores (N, S) of the encoder's and of the decoder's side; y0 and the made faces are drawn anew each time."""
+            y0 = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+            noise = torch.randn_like(mean)
+            with common.autocast(x.device, args.precision):
+                made = x if decoder is None else decoder(noise, given, target)
+                both = torch.cat([x, made]), torch.cat([y0, noise]), [torch.cat(pair) for pair in zip(streams, given)]
+                s = discriminator(*both, None if target is None else torch.cat([prediction, target]))
+            return s[: len(x)], s[len(x) :]
+
+        norms = []
+        if adversarial:
+            graph = mean, log_variance, streams, prediction
+            for _ in range(args.d_steps):
+                mean, log_variance, streams = mean.detach(), log_variance.detach(), [z.detach() for z in streams]
+                prediction = None if prediction is None else prediction.detach()
+                with parametrize.cached():  # spectral norms are computed once a step
+                    if decoder is not None:
+                        decoder.requires_grad_(False)
+                    s_enc, s_dec = both_sides()
+                loss_d = discriminator_loss(s_enc, s_dec)
+                optimizers[1].zero_grad()
+                loss_d.backward()
+                optimizers[1].step()
+            norms = [gradient_norm(discriminator)]
+            mean, log_variance, streams, prediction = graph
+            discriminator.requires_grad_(False)
+            if decoder is not None:
+                decoder.requires_grad_(True)
+            with parametrize.cached():
+                s_enc, s_dec = both_sides()
+            loss_g = generator_loss(s_enc, s_dec)
+            discriminator.requires_grad_(True)
+        optimizers[0].zero_grad()
+        loss = loss_f + args.lam * loss_g if adversarial else loss_f  # Eq. 9
+        loss.backward()
+        optimizers[0].step()
+        with torch.no_grad():
+            losses.append(loss.detach() + (loss_d.detach() if adversarial else 0))
+            hits.append((sum(z.softmax(1) for z in logits).argmax(1) == labels[0]).sum())
+            ce = multitask_loss(logits, labels, None, None) / len(labels)
+            numbers.append(torch.stack([loss, ce, gradient_norm(encoder), *([loss_d, loss_g, *norms] if adversarial else [])]))
+            if adversarial:
+                scores.append(torch.stack([s_enc.mean(0), s_dec.mean(0)]))
+    names = ["loss/total", "loss/cross_entropy", "gradient/encoder", "loss/discriminator", "loss/generator", "gradient/discriminator"]
+    scalars = dict(zip(names, torch.stack(numbers).mean(0).tolist()))
+    if adversarial:
+        for side, values in zip(("encoder", "decoder"), torch.stack(scores).mean(0).tolist()):
+            scalars |= {f"score/{name}/{side}": value for name, value in zip(discriminator.scores, values)}
+    return torch.stack(losses).cpu(), scalars | {"weight/lambda": args.lam * adversarial, "accuracy/train": torch.stack(hits).sum().item() / len(plan.order)}
+
+
+@torch.no_grad()
+def predict(encoder, pixels, args) -> tuple[list[Tensor], Tensor | None]:
+    """Softmax outputs of each label head, (N, C), and valence and arousal (N, 2), on unaugmented images in evaluation mode."""
+    encoder.eval()
+    parts = []
+    for x in pixels.inputs(args.size, mean=(0.5,) * 3, std=(0.5,) * 3):
+        with common.autocast(x.device, args.precision):
+            _, _, logits, va = encoder(x)
+        parts.append(([z.softmax(1) for z in logits], va))
+    probs = [torch.cat(column) for column in zip(*(p for p, _ in parts))]
+    return probs, None if parts[0][1] is None else torch.cat([va for _, va in parts])
+
+
+def evaluate(encoder, pixels, labels: Tensor, va: Tensor | None, classes, args) -> tuple[dict, list[list[int]]]:
+    """The scalars of the evaluated split and its confusion matrix; the heads of the label sets are averaged."""
+    probs, prediction = predict(encoder, pixels, args)
+    mean = sum(probs) / len(probs)
+    scalars = common.accuracy_scalars(mean, labels, classes)
+    scalars |= {f"accuracy/test/set{t}": (p.argmax(1) == labels).float().mean().item() for t, p in enumerate(probs, 1)}
+    if prediction is not None and va is not None:
+        for k, name in enumerate(("valence", "arousal")):
+            scalars[f"va/ccc_{name}"] = ccc(prediction[:, k], va[:, k]).item()
+            scalars[f"va/mse_{name}"] = F.mse_loss(prediction[:, k], va[:, k]).item()
+    return scalars, common.confusion(mean.argmax(1), labels, len(classes))
+
+
+@torch.no_grad()
+def make_faces(decoder, labels: Tensor, va: Tensor | None, sets: int, num_classes: int, seed: int, args) -> Tensor:
+    """uint8 (N, 3, H, W): faces made from fixed latent vectors, labels int64 (N,) (the same in every set) and va (N, 2)."""
+    decoder.eval()
+    y0 = torch.randn(len(labels), args.noise_dim, generator=common.generator_of("faces", seed)).to(labels.device)
+    with common.autocast(labels.device, args.precision):
+        faces = decoder(y0, [F.one_hot(labels, num_classes).float()] * sets, va)
+    return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def figure_of_made_faces(decoder, train, sets: int, args, device, rows: int = 8):
+    """Fig. 4: a column for each class, a row for each latent vector; valence and arousal are the means of the class."""
+    count = len(train.classes)
+    va = None
+    if train.va is not None:
+        means = [train.va[train.labels == c].mean(0) if (train.labels == c).any() else torch.zeros(2) for c in range(count)]
+        va = torch.stack(means).repeat(rows, 1).to(device)
+    faces = make_faces(decoder, torch.arange(count, device=device).repeat(rows), va, sets, count, args.seed, args).cpu()
+    return common.figure_of_faces(faces, list(train.classes) * rows, ["black"] * len(faces), "Faces made for each class (Fig. 4)", columns=count)
+
+
+@common.reports_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    device = common.find_device(args.device)
+    with common.Run(args, "jointgan") as run:
+        print(f"{run.folder} on {device}; preset {args.preset} (flags win)")
+        train, test, sets = load_label_sets(args)
+        slices = common.batch_slices(len(train.labels), args.batch_size)
+        pixels, test_pixels = common.Pixels(train.images, device), common.Pixels(test.images, device)
+        test_labels, sets = test.labels.to(device), [labels.to(device) for labels in sets]
+        given, clean = sets[0], None if train.clean is None else train.clean.to(device)
+        va, test_va = (None if v is None else v.to(device) for v in (train.va, test.va))
+
+        networks = make_networks(args, len(train.classes), len(sets), va is not None, device)
+        encoder, decoder, discriminator = networks
+        optimizers = [torch.optim.Adam([p for n in (encoder, decoder) if n for p in n.parameters()], lr=args.lr, fused=True)]
+        if discriminator is not None:
+            optimizers.append(torch.optim.Adam(discriminator.parameters(), lr=args.lr, fused=True))
+        modules = [*filter(None, networks), *optimizers]
+
+        first = 1
+        if state := run.start():
+            for module, content in zip(modules, state["modules"]):
+                module.load_state_dict(content)
+            first = state["epoch"] + 1
+
+        for epoch in range(first, args.epochs + 1):
+            began = time.perf_counter()
+            plan = common.EpochPlan(len(given), args.seed, epoch, device, given if args.oversample else None)
+            losses, scalars = train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, len(train.classes), epoch, args)
+            run.check_finite(losses, epoch)
+            scalars |= {"lr": args.lr} | evaluate(encoder, test_pixels, test_labels, test_va, test.classes, args)[0]
+            run.log(epoch, time.perf_counter() - began, scalars)
+            if decoder is not None and epoch % args.grid_every == 0:
+                run.writer.add_image("generated", common.render(figure_of_made_faces(decoder, train, len(sets), args, device)), epoch, dataformats="HWC")
+            run.save(epoch=epoch, modules=[module.state_dict() for module in modules])
+
+        probs, _ = predict(encoder, pixels, args)
+        scores = common.audit_scores(sum(probs) / len(probs), given)
+        table = evaluate(encoder, test_pixels, test_labels, test_va, test.classes, args)[1]
+        figures = {} if decoder is None else {"generated": figure_of_made_faces(decoder, train, len(sets), args, device)}
+        run.finish(train, given, scores, table, [n.state_dict() for n in filter(None, networks)], figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
