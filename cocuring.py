@@ -184,6 +184,19 @@ def evaluate(networks, pixels, labels: Tensor, classes, args) -> tuple[dict, lis
     return scalars, common.confusion(mean.argmax(1), labels, len(classes))
 
 
+def restore(states: list[dict], args, num_classes: int, device):
+    """The trained networks as a function of images, see common.restore."""
+    networks = make_networks(args, num_classes, device)
+    for network, state in zip(networks, states):
+        network.load_state_dict(state)
+
+    def predictor(images: Tensor):
+        probs = predict(networks, common.Pixels(images, device), args)
+        return sum(probs) / len(probs), None
+
+    return predictor
+
+
 @common.reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)

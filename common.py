@@ -12,6 +12,7 @@ Letters in shapes: N samples, C classes or channels (said where), H and W pixels
 import argparse
 import csv
 import functools
+import importlib
 import json
 import math
 import platform
@@ -32,8 +33,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasets import (  # noqa: F401 - part of what the scripts take from here
-    RAF_CONFUSIONS, Index, Split, UserError, asymmetric_noise, generator_of, inject, load_data, load_train_index, read_labels, read_va,
-    seed_of, symmetric_noise, write_atomically, write_labels,
+    RAF_CONFUSIONS, Index, Split, UserError, asymmetric_noise, decode_all, generator_of, inject, load_data, load_train_index, read_labels,
+    read_va, seed_of, symmetric_noise, write_atomically, write_labels, write_va,
 )
 
 try:
@@ -68,7 +69,7 @@ def reports_errors(main):
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-DATA_SETS = ("toy", "raf", "ferplus", "folder")
+DATA_SETS = ("toy", "raf", "ferplus", "cifar10", "folder")
 NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite")  # these say where a run lies, not what it computes
 
 
@@ -498,6 +499,7 @@ def network_input(images: Tensor, size: int, mean=None, std=None) -> Tensor:
 # Device, backbones, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
+METHODS = ("cocuring", "scn", "ncctfer", "jointgan")
 BACKBONES = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 
 
@@ -594,6 +596,19 @@ def load_checkpoint(path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+def restore(state: dict, device: torch.device):
+    """The trained model in the content of a model.pt: its script's `restore`, whatever the method.
+
+    Returns a function of images, uint8 (N, C, H, W), that gives softmax outputs (N, classes) and valence and arousal
+    (N, 2) or None. Raises UserError for another kind of checkpoint.
+    """
+    if not {"method", "classes", "args", "networks"} <= set(state) or state["method"] not in METHODS:
+        raise UserError("not a model.pt of a finished run")
+    script = importlib.import_module(state["method"])  # here, because scripts import this file
+    args = argparse.Namespace(**state["args"] | {"pretrained": "none", "compile": False})
+    return script.restore(state["networks"], args, len(state["classes"]), device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

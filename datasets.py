@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 ORIGIN = {
     "raf": "RAF-DB comes from its authors, www.whdeng.cn/RAF/model1.html",
     "ferplus": "the images come from FER2013 (Kaggle), the votes from github.com/microsoft/FERPlus",
+    "cifar10": "CIFAR-10's python version comes from www.cs.toronto.edu/~kriz/cifar.html; unpack cifar-10-batches-py there",
     "folder": "a folder has root/train/<class>/* and root/test/<class>/*, or root/<class>/*",
 }
 
@@ -80,7 +82,7 @@ class Split:
 
 @dataclass
 class Index:
-    """A split before decoding: what there is, and where. A source is a path, (path, text of pixels) or (toy) a number."""
+    """A split before decoding: what there is, and where. A source is a path, (path, text of pixels), (toy) a number or (CIFAR-10) an array."""
 
     names: list[str]
     labels: list[int]
@@ -284,6 +286,23 @@ def read_folder(root: Path, split: str) -> Index:
     return index
 
 
+def read_cifar10(root: Path, split: str) -> Index:
+    """CIFAR-10 in its python version, root/cifar-10-batches-py, by torchvision; the source of an image is its array."""
+    from torchvision.datasets import CIFAR10
+
+    class Unpacked(CIFAR10):  # without its checksums, which a re-packed copy or a subset fails
+        train_list, test_list = [[name, None] for name, _ in CIFAR10.train_list], [[name, None] for name, _ in CIFAR10.test_list]
+        meta = CIFAR10.meta | {"md5": None}
+
+    try:
+        data = Unpacked(str(root), train=split == "train")
+    except (RuntimeError, OSError):
+        raise not_found("cifar10", root, "cifar-10-batches-py, or a file of it,") from None
+    except (EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"--data cifar10: the files in {root / 'cifar-10-batches-py'} are damaged ({error})") from None
+    return Index([f"{split}_{i:05d}" for i in range(len(data.targets))], list(data.targets), tuple(data.classes), list(data.data))
+
+
 def read_toy(difficulty: float, split: str) -> Index:
     """The faces that toyfaces.py draws; the source of a face is its number."""
     numbers = range(toyfaces.SPLITS[split])
@@ -299,7 +318,7 @@ def read_index(args, split: str) -> Index:
     elif args.data == "ferplus":
         index = read_ferplus(root, split)
     else:  # no validation split of its own: a fixed stratified tenth of the training set
-        read = {"raf": read_raf, "folder": read_folder}[args.data]
+        read = {"raf": read_raf, "cifar10": read_cifar10, "folder": read_folder}[args.data]
         index = read(root, "train" if split == "valid" else split)
         if split == "valid" or (split == "train" and args.split == "valid"):
             tenth = stratified(index.labels, len(index.labels) // 10, generator_of("valid"))
@@ -386,6 +405,8 @@ def decode_all(index: Index, args, split: str) -> Tensor:
     if args.data == "toy":
         faces = [toyfaces.draw_face(split, i, size=args.size, difficulty=args.difficulty)[0] for i in index.sources]
         return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
+    if args.data == "cifar10":
+        return torch.from_numpy(np.stack(index.sources)).permute(0, 3, 1, 2).contiguous()
 
     stamp = hashlib.sha256()  # of the files, not of the labels
     for name, source in zip(index.names, index.sources):
@@ -590,7 +611,7 @@ def read_va(path, index: Index) -> Tensor:
     table, clamped = {}, 0
     key = str if any("/" in name for name in index.names) else name_key
     for line_number, line in enumerate(read_text(path).splitlines(), 1):
-        fields = [part.strip() for part in (line.split(",") if "," in line else line.rsplit(None, 2))]
+        fields = [part.strip() for part in (next(csv.reader([line])) if "," in line else line.rsplit(None, 2))]
         if not line.strip() or (line_number == 1 and [part.lower() for part in fields[1:]] == ["valence", "arousal"]):
             continue
         try:
@@ -627,5 +648,17 @@ def write_labels(path, names: list[str], labels: Tensor, classes: tuple[str, ...
                 rows = csv.writer(file, lineterminator="\n")
                 rows.writerow(("name", "label"))
                 rows.writerows((name, classes[label]) for name, label in zip(names, labels.tolist()))
+
+    write_atomically(path, write)
+
+
+def write_va(path, names: list[str], va: Tensor) -> None:
+    """Write valence and arousal, (N, 2), as `read_va` reads them."""
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(("name", "valence", "arousal"))
+            rows.writerows((name, f"{valence:.6f}", f"{arousal:.6f}") for name, (valence, arousal) in zip(names, va.tolist()))
 
     write_atomically(path, write)

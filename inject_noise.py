@@ -5,6 +5,11 @@ for other people and other programs; the scripts read it with --labels.
 
     python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
     python cocuring.py --data toy --labels noise-toy-symmetric-0.2-s1.csv     # the labels of --noise 0.2 --noise-seed 1
+
+With --from-checkpoint the labels are the predictions of a trained model (machine labels, as in "Facial Emotion
+Recognition with Noisy Multi-task Annotations", Sec. 5.2), with valence and arousal in a second file where the model has them.
+
+    python inject_noise.py --data raf --root data/raf --from-checkpoint runs/jointgan-affectnet-n0-s1/model.pt
 """
 
 import json
@@ -20,7 +25,10 @@ from common import UserError
 def parse_args(argv=None):
     parser = common.Parser("inject_noise.py", description=__doc__.split("\n\n")[0])
     common.add_index_args(parser)
-    parser.add_argument("--output", help="file to write (default: noise-<data>-<type>-<rate>-s<seed>.csv); a .json with what was done comes beside it")
+    parser.add_argument("--from-checkpoint", metavar="MODEL", help="machine labels: what a trained model.pt of any method predicts, classes matched by name; excludes --noise")
+    parser.add_argument("--device", default="auto", help="for --from-checkpoint: cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--cache", default="cache", metavar="DIR", help="for --from-checkpoint: where decoded images are kept (default: %(default)s)")
+    parser.add_argument("--output", help="file to write (default: noise-<data>-<type>-<rate>-s<seed>.csv, or machine-<data>-<run>.csv); a .json with what was done comes beside it")
     parser.add_argument("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's own, labels counted from 1 (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     early, _ = parser.parse_known_args(argv)
@@ -30,6 +38,8 @@ def parse_args(argv=None):
     if args.output is None:
         suffix = ".csv" if args.format == "csv" else "-list.txt"
         args.output = f"noise-{args.data}-{args.noise_type}-{args.noise:g}-s{args.noise_seed}{suffix}"
+        if args.from_checkpoint:
+            args.output = f"machine-{args.data}-{Path(args.from_checkpoint).resolve().parent.name}{suffix}"
     if Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir():
         parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
     return args
@@ -40,25 +50,48 @@ def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int
     return torch.bincount(clean * num_classes + noisy, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def machine_labels(index, args) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model predicts for the images: int64 (N,), in the classes of the data set, and valence and arousal (N, 2) or None."""
+    state = common.load_checkpoint(args.from_checkpoint)
+    try:
+        predictor = common.restore(state, common.find_device(args.device))
+    except (UserError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.from_checkpoint}: {str(error).splitlines()[0]}") from None
+    shared = [k for k, name in enumerate(state["classes"]) if name in index.classes]
+    if len(shared) < 2:
+        raise UserError(f"{args.from_checkpoint}: its classes ({', '.join(state['classes'])}) are not those of --data {args.data} ({', '.join(index.classes)})")
+    for missing in set(index.classes) - set(state["classes"]):
+        print(f"the model does not know the class {missing}: no image will be labelled so")
+    args.size = state["args"]["size"]
+    probs, va = predictor(common.decode_all(index, args, "train"))
+    to_data = torch.tensor([index.classes.index(state["classes"][k]) for k in shared])
+    return to_data[probs[:, shared].argmax(1).cpu()], None if va is None else va.cpu()
+
+
 @common.reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if not args.noise:
-        raise UserError("--noise RATE is needed, in (0, 1)")
+    if bool(args.noise) == bool(args.from_checkpoint):
+        raise UserError("either --noise RATE is needed, in (0, 1), or --from-checkpoint MODEL")
     output = Path(args.output)
-    note = output.with_suffix(".json")
-    for file in (output, note):
+    note, va_output = output.with_suffix(".json"), output.with_name(f"{output.stem}-va.csv")
+    for file in (output, note, *([va_output] if args.from_checkpoint else [])):
         if file.exists() and not args.overwrite:
             raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
     index, noisy, clean = common.load_train_index(args)
+    va = None
+    if args.from_checkpoint:
+        clean, (noisy, va) = noisy, machine_labels(index, args)
     counts = transition_matrix(clean, noisy, len(index.classes))
     per_class = [
         {"class": name, "images": int(row.sum()), "changed": int(row.sum() - row[c]), "transition": [round(v, 6) for v in (row / row.sum().clamp(min=1)).tolist()]}
         for c, (name, row) in enumerate(zip(index.classes, counts))
     ]
-    record = {"data": args.data, "images": len(noisy), "rate": args.noise, "type": args.noise_type, "seed": args.noise_seed, "limit": args.limit,
-              "changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
+    how = {"checkpoint": args.from_checkpoint} if args.from_checkpoint else {"rate": args.noise, "type": args.noise_type, "seed": args.noise_seed}
+    record = {"data": args.data, "images": len(noisy), **how, "limit": args.limit, "changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
     common.write_labels(output, index.names, noisy, index.classes, args.format)
+    if va is not None:
+        common.write_va(va_output, index.names, va)
     common.write_atomically(note, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
 
     width = max(map(len, index.classes))
@@ -66,7 +99,7 @@ def main(argv=None) -> int:
     for entry in per_class:
         cells = "  ".join(f"{share:{max(6, len(name))}.3f}" for name, share in zip(index.classes, entry["transition"]))
         print(f"{entry['class']:{width}}  {cells}   {entry['changed']} of {entry['images']}")
-    print(f"{output}: {record['changed']:,} of {record['images']:,} labels changed; {note.name} beside it")
+    print(f"{output}: {record['changed']:,} of {record['images']:,} labels changed; {note.name}{f' and {va_output.name}' if va is not None else ''} beside it")
     return 0
 
 

@@ -28,6 +28,7 @@ from common import UserError
 # Sizes, rates, lambda and the first adversarial epoch are those of the authors' code; epochs and the toy sizes are ours.
 PRESETS = {
     "scratch": dict(size=64, width=1.0, hidden=500, epochs=40, batch_size=128, lr=1e-4, lam=1.0, adversarial_from=7, rotate=10.0, shift=0.1, zoom=0.1),
+    "scratch cifar10": dict(size=32, hidden=512, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.1, zoom=0.0),
     "scratch toy": dict(size=32, width=0.25, hidden=128, epochs=30, batch_size=64, lr=5e-4, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.0, zoom=0.0),
 }
 
@@ -397,6 +398,19 @@ def evaluate(encoder, pixels, labels: Tensor, va: Tensor | None, classes, args) 
             scalars[f"va/ccc_{name}"] = ccc(prediction[:, k], va[:, k]).item()
             scalars[f"va/mse_{name}"] = F.mse_loss(prediction[:, k], va[:, k]).item()
     return scalars, common.confusion(mean.argmax(1), labels, len(classes))
+
+
+def restore(states: list[dict], args, num_classes: int, device):
+    """The trained encoder as a function of images, see common.restore."""
+    sets = sum(key.startswith("labels.") and key.endswith(".weight") for key in states[0])
+    encoder = make_networks(args, num_classes, sets, "va.weight" in states[0], device)[0]
+    encoder.load_state_dict(states[0])
+
+    def predictor(images: Tensor):
+        probs, va = predict(encoder, common.Pixels(images, device), args)
+        return sum(probs) / len(probs), va
+
+    return predictor
 
 
 @torch.no_grad()

@@ -218,6 +218,13 @@ def figure_of_confidence(train, probs: Tensor, count: int = 32):
     return common.figure_of_faces(train.images[list(rows)], captions, colours, "Confidence of given, then predicted label (red: the given label is wrong)")
 
 
+def restore(states: list[dict], args, num_classes: int, device):
+    """The trained network as a function of images, see common.restore."""
+    network = make_network(args, num_classes, device)
+    network.load_state_dict(states[0])
+    return lambda images: (predict(network, common.Pixels(images, device), args), None)
+
+
 @common.reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)

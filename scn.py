@@ -218,6 +218,13 @@ def evaluate(network, pixels, labels: Tensor, classes, args) -> tuple[dict, list
     return common.accuracy_scalars(probs, labels, classes), common.confusion(probs.argmax(1), labels, len(classes))
 
 
+def restore(states: list[dict], args, num_classes: int, device):
+    """The trained network as a function of images, see common.restore."""
+    network = make_network(args, num_classes, device)
+    network.load_state_dict(states[0])
+    return lambda images: (predict(network, common.Pixels(images, device), args)[0], None)
+
+
 def figure_of_weights(train, current: Tensor, weights: Tensor):
     """Fig. 4: the training faces of least importance, with their labels after the last epoch."""
     rows = weights.argsort(stable=True)[:32].tolist()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -129,10 +130,22 @@ def build_folder_splits(root, classes=("happy", "sad", "angry"), count=4, **opti
     return root
 
 
+def build_cifar10(root, per_batch=20):
+    """CIFAR-10's python version: five training batches and a test batch of two images of each class."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for b, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        data = np.random.default_rng(b).integers(0, 256, (per_batch, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(per_batch)]}))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    return root
+
+
 BUILDERS = {
     "raf": build_raf, "raf lists": lambda root: build_raf(root, separate=True), "kaggle": build_raf_kaggle,
     "kaggle folders": lambda root: build_raf_kaggle(root, tables=False), "ferplus": build_ferplus, "ferplus csv": build_ferplus_csv,
-    "folder": build_folder, "folder splits": build_folder_splits,
+    "cifar10": build_cifar10, "folder": build_folder, "folder splits": build_folder_splits,
 }
 
 

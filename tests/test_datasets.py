@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    BUILDERS, FERPLUS_USAGE, RAF_TEST, RAF_TRAIN, build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf,
+    BUILDERS, FERPLUS_USAGE, RAF_TEST, RAF_TRAIN, build_cifar10, build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf,
     build_raf_kaggle, ferplus_rows, picture, raf_rows, save, votes_for,
 )
 from PIL import Image
@@ -50,6 +50,7 @@ def fail(*args):
     ("kaggle folders", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
     ("ferplus", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
     ("ferplus csv", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
+    ("cifar10", "cifar10", (3, 32, 32), (100, 20), ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
     ("folder", "folder", (3, 20, 20), (9, 3), ("anger", "happiness", "sadness")),
     ("folder splits", "folder", (3, 20, 20), (12, 6), ("anger", "happiness", "sadness")),
 ])
@@ -1114,3 +1115,30 @@ def test_kaggle_folder_that_is_no_number_is_named(tmp_path, arguments):
 
 def test_winning_votes_of_the_builders_have_a_majority():
     assert majority(np.array([votes_for(c) for c in range(8)])).tolist() == list(range(8))
+
+
+def test_cifar10_images_are_those_of_the_batches(tmp_path, arguments):
+    train, _ = load_data(arguments("cifar10", build_cifar10(tmp_path / "data")))
+    batch = np.random.default_rng(1).integers(0, 256, (20, 3072), dtype=np.uint8)  # the second
+    assert torch.equal(train.images[23], torch.from_numpy(batch[3].reshape(3, 32, 32))) and train.labels[23] == 3
+
+
+@pytest.mark.parametrize("file, words", [("data_batch_3", "missing"), ("batches.meta", "missing"), ("test_batch", "missing")])
+def test_cifar10_without_a_file_is_refused(file, words, tmp_path, arguments):
+    root = build_cifar10(tmp_path / "data")
+    (root / "cifar-10-batches-py" / file).unlink()
+    with pytest.raises(UserError, match=words):
+        load_data(arguments("cifar10", root))
+    (root / "cifar-10-batches-py" / file).write_bytes(b"not a pickle")
+    with pytest.raises(UserError, match="damaged"):
+        load_data(arguments("cifar10", root))
+
+
+def test_cifar10_has_no_expressions(tmp_path, arguments):
+    root = build_cifar10(tmp_path / "data")
+    with pytest.raises(UserError, match="expression classes"):
+        load_data(arguments("cifar10", root, "--classes", "7"))
+    with pytest.raises(UserError, match="confusion partner"):
+        load_data(arguments("cifar10", root, "--noise", "0.2", "--noise-type", "asymmetric"))
+    train, valid = load_data(arguments("cifar10", root, "--split", "valid", "--noise", "0.2"))
+    assert len(train.labels) == 90 and len(valid.labels) == 10 and (train.labels != train.clean).sum() == 20

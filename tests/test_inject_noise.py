@@ -1,10 +1,15 @@
+import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import RAF_TRAIN, build_ferplus, build_folder_splits, build_raf
 
+import cocuring
+import common
 import inject_noise
+import toyfaces
 from datasets import RAF_CLASSES, RAF_CONFUSIONS, load_data, load_train_index
 
 
@@ -179,3 +184,62 @@ def test_labels_do_not_depend_on_the_layout(write, tmp_path):
 def test_an_output_in_no_folder_is_refused(few_toys, tmp_path, capsys):
     assert inject_noise.main(["--noise", "0.2", "--output", str(tmp_path / "no" / "x.csv")]) == 2
     assert "--output" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Machine labels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", common.METHODS)
+def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
+    import importlib
+
+    script = importlib.import_module(method)
+    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"] if method == "jointgan" else []
+    assert script.main([*tiny, *small, "--out", str(tmp_path), "--name", "run"]) == 0
+    model, output = tmp_path / "run" / "model.pt", tmp_path / "machine.csv"
+    flags = ["--data", "toy", "--from-checkpoint", str(model), "--device", "cpu"]
+    assert inject_noise.main([*flags, "--output", str(output)]) == 0
+    index, own, _ = load_train_index(cocuring.parse_args(["--data", "toy"]))
+    images = torch.from_numpy(np.stack([toyfaces.draw_face("train", i, size=32)[0] for i in range(48)])).permute(0, 3, 1, 2)
+    probs, va = common.restore(common.load_checkpoint(model), torch.device("cpu"))(images)
+    expected = probs.argmax(1)
+    assert read(output) == {name: index.classes[label] for name, label in zip(index.names, expected)}
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["changed"] == (expected != own).sum() and record["checkpoint"] == str(model)
+    va_file = tmp_path / "machine-va.csv"
+    assert va_file.exists() == (method == "jointgan")
+    if va is not None:
+        torch.testing.assert_close(common.read_va(va_file, index), va, atol=1e-6, rtol=0)
+    assert inject_noise.main([*flags, "--output", str(output)]) == 2  # is there already
+
+
+def test_classes_of_another_data_set_are_matched_by_name(tiny, tmp_path, capsys):
+    import scn
+
+    assert scn.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
+    root = build_ferplus(tmp_path / "ferplus")
+    output, model = tmp_path / "machine.csv", tmp_path / "run" / "model.pt"
+    flags = ["--from-checkpoint", str(model), "--cache", str(tmp_path / "cache"), "--output", str(output), "--device", "cpu"]
+    assert inject_noise.main(["--data", "ferplus", "--root", str(root), *flags]) == 0
+    assert "does not know the class contempt" in capsys.readouterr().out
+    assert set(read(output).values()) <= set(toyfaces.CLASSES)
+    index, _, _ = load_train_index(scn.parse_args(["--data", "ferplus", "--root", str(root)]))
+    images = common.decode_all(index, argparse.Namespace(data="ferplus", root=root, cache=tmp_path / "cache", size=32), "train")
+    probs, _ = common.restore(common.load_checkpoint(model), torch.device("cpu"))(images)
+    assert read(output) == {name: toyfaces.CLASSES[k] for name, k in zip(index.names, probs.argmax(1))}
+
+
+def test_what_is_no_model_is_refused(tiny, tmp_path, capsys):
+    import scn
+
+    assert scn.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
+    folder = build_folder_splits(tmp_path / "animals", classes=("cat", "dog"))
+    for flags, words in ((["--from-checkpoint", str(tmp_path / "run" / "last.pt")], "not a model.pt"), (["--from-checkpoint", str(tmp_path / "none.pt")], "no such checkpoint"),
+                         (["--from-checkpoint", "x", "--noise", "0.2"], "either"), ([], "either"),
+                         (["--data", "folder", "--root", str(folder), "--from-checkpoint", str(tmp_path / "run" / "model.pt")], "are not those of")):
+        capsys.readouterr()
+        assert inject_noise.main([*flags, "--output", str(tmp_path / "x.csv")]) == 2
+        error = capsys.readouterr().err.strip()
+        assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "x.csv").exists()
