@@ -400,11 +400,18 @@ def evaluate(encoder, pixels, labels: Tensor, va: Tensor | None, classes, args) 
     return scalars, common.confusion(mean.argmax(1), labels, len(classes))
 
 
+def load_networks(states: list[dict], args, num_classes: int, device) -> tuple[Encoder, Decoder | None, Discriminator | None]:
+    """G_Y, G_X and D with the weights of a model.pt."""
+    sets = sum(key.startswith("labels.") and key.endswith(".weight") for key in states[0])
+    networks = make_networks(args, num_classes, sets, "va.weight" in states[0], device)
+    for network, state in zip(filter(None, networks), states):
+        network.load_state_dict(state)
+    return networks
+
+
 def restore(states: list[dict], args, num_classes: int, device):
     """The trained encoder as a function of images, see common.restore."""
-    sets = sum(key.startswith("labels.") and key.endswith(".weight") for key in states[0])
-    encoder = make_networks(args, num_classes, sets, "va.weight" in states[0], device)[0]
-    encoder.load_state_dict(states[0])
+    encoder = load_networks(states, args, num_classes, device)[0]
 
     def predictor(images: Tensor):
         probs, va = predict(encoder, common.Pixels(images, device), args)
@@ -414,23 +421,33 @@ def restore(states: list[dict], args, num_classes: int, device):
 
 
 @torch.no_grad()
-def make_faces(decoder, labels: Tensor, va: Tensor | None, sets: int, num_classes: int, seed: int, args) -> Tensor:
-    """uint8 (N, 3, H, W): faces made from fixed latent vectors, labels int64 (N,) (the same in every set) and va (N, 2)."""
+def make_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets: int, args) -> Tensor:
+    """uint8 (N, 3, size, size) on the CPU: faces made of latent vectors (N, noise_dim), label vectors (N, C), the same in every set, and va (N, 2)."""
     decoder.eval()
-    y0 = torch.randn(len(labels), args.noise_dim, generator=common.generator_of("faces", seed)).to(labels.device)
-    with common.autocast(labels.device, args.precision):
-        faces = decoder(y0, [F.one_hot(labels, num_classes).float()] * sets, va)
-    return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8)
+    with common.autocast(y0.device, args.precision):
+        faces = decoder(y0, [labels] * sets, va)
+    return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def latent_vectors(count: int, args, device) -> Tensor:
+    """(count, noise_dim): the same ones in every epoch of a run."""
+    return torch.randn(count, args.noise_dim, generator=common.generator_of("faces", args.seed)).to(device)
+
+
+def class_va(train) -> Tensor | None:
+    """(C, 2): mean valence and arousal of the training images of each class, 0 for one without; None without such labels."""
+    if train.va is None:
+        return None
+    members = F.one_hot(train.labels, len(train.classes)).float()  # (N, C)
+    return members.T @ train.va / members.sum(0).clamp(min=1)[:, None]
 
 
 def figure_of_made_faces(decoder, train, sets: int, args, device, rows: int = 8):
     """Fig. 4: a column for each class, a row for each latent vector; valence and arousal are the means of the class."""
-    count = len(train.classes)
-    va = None
-    if train.va is not None:
-        means = [train.va[train.labels == c].mean(0) if (train.labels == c).any() else torch.zeros(2) for c in range(count)]
-        va = torch.stack(means).repeat(rows, 1).to(device)
-    faces = make_faces(decoder, torch.arange(count, device=device).repeat(rows), va, sets, count, args.seed, args).cpu()
+    count, va = len(train.classes), class_va(train)
+    y0 = latent_vectors(rows, args, device).repeat_interleave(count, 0)
+    labels = torch.eye(count, device=device).repeat(rows, 1)
+    faces = make_faces(decoder, y0, labels, None if va is None else va.repeat(rows, 1).to(device), sets, args)
     return common.figure_of_faces(faces, list(train.classes) * rows, ["black"] * len(faces), "Faces made for each class (Fig. 4)", columns=count)
 
 

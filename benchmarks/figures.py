@@ -3,6 +3,8 @@
     python benchmarks/figures.py weights CLEAN NOISY CURED   # SCN, Fig. 3: the weights of the same training faces in three runs
     python benchmarks/figures.py gradcam RUN [RUN ...]       # NCCTFER, Fig. 8: where the networks look; green right, red wrong
     python benchmarks/figures.py tsne RUN                    # the features of the test faces in the plane (needs scikit-learn)
+    python benchmarks/figures.py plane RUN --label neutral   # jointgan.py: faces made over the plane of valence and arousal
+    python benchmarks/figures.py between RUN happiness anger # jointgan.py: faces made on the way from one class to another
 
     for run in "--noise 0 --name clean" "--noise 0.2 --no-relabel --name noisy" "--noise 0.2 --name cured"; do python scn.py --data toy $run; done
     python benchmarks/figures.py weights runs/clean runs/noisy runs/cured
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402 - found through the line above
+import jointgan  # noqa: E402
 from common import UserError  # noqa: E402
 
 
@@ -148,6 +151,53 @@ def tsne_figure(folder: Path):
     return figure
 
 
+class Maker:
+    """The decoder of a run of jointgan.py, and what its faces are made of."""
+
+    def __init__(self, folder: Path):
+        state = common.load_checkpoint(folder / "model.pt")
+        if state["method"] != "jointgan":
+            raise UserError(f"{folder}: a run of {state['method']}; only jointgan.py makes faces")
+        self.args, self.classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]
+        _, self.decoder, _ = jointgan.load_networks(state["networks"], self.args, len(self.classes), torch.device("cpu"))
+        if self.decoder is None:
+            raise UserError(f"{folder}: this run has no decoder")
+        self.train, _, sets = jointgan.load_label_sets(self.args)
+        self.sets, self.va = len(sets), jointgan.class_va(self.train)
+
+    def vector(self, name: str) -> Tensor:
+        if name not in self.classes:
+            raise UserError(f"{name!r} is not among the classes {', '.join(self.classes)}")
+        return torch.eye(len(self.classes))[self.classes.index(name)]
+
+    def faces(self, y0: Tensor, labels: Tensor, va: Tensor | None) -> Tensor:
+        return jointgan.make_faces(self.decoder, y0, labels, va, self.sets, self.args)
+
+
+def plane_figure(folder: Path, label: str, columns: int = 9):
+    """One latent vector and one label, valence from -1 to 1 to the right, arousal from 1 to -1 downwards."""
+    maker = Maker(folder)
+    if maker.va is None:
+        raise UserError(f"{folder}: this run knows no valence and arousal")
+    steps = torch.linspace(-1, 1, columns)
+    va = torch.stack([steps.repeat(columns), steps.flip(0).repeat_interleave(columns)], 1)
+    y0 = jointgan.latent_vectors(1, maker.args, torch.device("cpu")).expand(len(va), -1)
+    faces = maker.faces(y0, maker.vector(label).expand(len(va), -1), va)
+    captions = [f"v {v:+.2f}, a {a:+.2f}" for v, a in va.tolist()]
+    return common.figure_of_faces(faces, captions, ["black"] * len(va), f"{folder.name}: {label}, over valence and arousal", columns)
+
+
+def between_figure(folder: Path, first: str, second: str, columns: int = 9, rows: int = 6):
+    """A row for each latent vector; labels, valence and arousal go from one class to the other in equal steps."""
+    maker = Maker(folder)
+    share = torch.linspace(0, 1, columns).repeat(rows)[:, None]
+    labels = (1 - share) * maker.vector(first) + share * maker.vector(second)
+    y0 = jointgan.latent_vectors(rows, maker.args, torch.device("cpu")).repeat_interleave(columns, 0)
+    faces = maker.faces(y0, labels, None if maker.va is None else labels @ maker.va)
+    captions = [f"{100 * s:.0f} %" for s in share[:, 0].tolist()]
+    return common.figure_of_faces(faces, captions, ["black"] * len(faces), f"{folder.name}: from {first} to {second}", columns)
+
+
 @common.reports_errors
 def main(argv=None) -> int:
     parser = common.Parser("figures.py", description=__doc__.split("\n\n")[0])
@@ -158,8 +208,20 @@ def main(argv=None) -> int:
         command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write (default: %(default)s)")
         if name != "tsne":
             command.add_argument("--columns", type=common.positive_int, default=14, help="faces in a row (default: %(default)s)")
+    plane = commands.add_parser("plane", help="made faces over valence and arousal")
+    between = commands.add_parser("between", help="made faces from one class to another")
+    for name, command in (("plane", plane), ("between", between)):
+        command.add_argument("run", type=Path, help="a run folder of jointgan.py")
+        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write (default: %(default)s)")
+    plane.add_argument("--label", default="neutral", help="the class whose faces are made (default: %(default)s)")
+    between.add_argument("first", help="the class on the left")
+    between.add_argument("second", help="the class on the right")
     args = parser.parse_args(argv)
-    if args.command == "weights":
+    if args.command == "plane":
+        figure = plane_figure(args.run, args.label)
+    elif args.command == "between":
+        figure = between_figure(args.run, args.first, args.second)
+    elif args.command == "weights":
         figure = weights_figure(args.runs, args.columns)
     elif args.command == "gradcam":
         figure = gradcam_figure(args.runs, args.columns)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import cocuring
+import jointgan
 import ncctfer
 import scn
 
@@ -95,6 +96,21 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         pixels = np.asarray(Image.open(out).convert("RGB"))
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
     for command, words in ((["weights", clean, noisy, other], "of ncctfer"), (["weights", cured, noisy, clean], "injected noise"), (["gradcam", str(tmp_path)], "model.pt")):
+        capsys.readouterr()
+        assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
+
+
+def test_made_faces_are_drawn_over_the_plane_and_between_classes(tiny, tmp_path, capsys):
+    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    assert jointgan.main([*tiny, *small, "--name", "made"]) == 0
+    assert jointgan.main([*tiny, *small, "--name", "alone", "--lambda", "0"]) == 0
+    made, alone = str(tmp_path / "made"), str(tmp_path / "alone")
+    for command in (["plane", made], ["between", made, "happiness", "anger"]):
+        out = tmp_path / f"{command[0]}.png"
+        assert figures.main([*command, "--out", str(out)]) == 0
+        assert min(np.asarray(Image.open(out)).shape[:2]) > 100
+    for command, words in ((["plane", alone], "no decoder"), (["between", made, "happiness", "joy"], "joy"), (["plane", made, "--label", "dog"], "dog")):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
