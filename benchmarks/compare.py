@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402 - found through the line above
+import jointgan  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
@@ -80,9 +81,27 @@ SUITES = {
         "rows": [ONE, TWO, COCURING, SCN, NCCTFER],
     },
 }
+JOINTGAN = [
+    Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
+    Row("VGG, majority vote", "jointgan", "--lambda 0 --vote", 1, drawn=False),
+    Row("VGG, expression alone", "jointgan", "--lambda 0 --no-va", 1, drawn=False),
+    Row("joint-distribution GAN", "jointgan", "", 1),
+    Row("GAN, expression alone", "jointgan", "--no-va", 1, drawn=False),
+    Row("GAN, no joint score", "jointgan", "--no-joint", 1),
+    Row("GAN, no marginal scores", "jointgan", "--no-marginal", 1),
+    Row("GAN, no decoder", "jointgan", "--no-decoder", 1),
+]
+SUITES["toy-multitask"] = {
+    "title": "Toy faces, 32 px, label sets of 30 and 40 % symmetric noise, valence-arousal noise 0.3",
+    "flags": "--data toy --noise 0.3 0.4 --va-noise 0.3",
+    "seeds": (1, 2, 3),
+    "rows": JOINTGAN,
+}
 # Of the last epoch, where the method logs them: what it knows of the noise
 KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_clean", "weight/high", "weight/low",
-         "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes")
+         "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes",
+         "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/spread")
+UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
 
 def slug(row: Row) -> str:
@@ -105,6 +124,33 @@ def machine() -> str:
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} cores"
 
 
+def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
+    """How good the faces of a run of jointgan.py on toy are, `count` of each class; nothing for a run without decoder.
+
+    faces/recognised: share that a network trained on clean toy faces gives the class they were made for. faces/spread:
+    their standard deviation within a class, mean over pixels and classes, as a share of that of real faces: one frozen
+    face for each class has 0.
+    """
+    state, device = common.load_checkpoint(folder / "model.pt"), torch.device("cpu")
+    run, classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]
+    _, decoder, _ = jointgan.load_networks(state["networks"], run, len(classes), device)
+    if decoder is None:
+        return {}
+    judge = Path(args.out) / "judge" / f"{run.size}px"
+    if not (judge / "model.pt").exists():
+        flags = f"--data toy --size {run.size} --batch-size {run.batch_size} {PLAIN} --networks 1 --epochs 6 --resume --out {judge.parent} --name {judge.name} --cache {args.cache}"
+        if importlib.import_module("cocuring").main(flags.split()):
+            sys.exit(2)
+    train, _, sets = jointgan.load_label_sets(run)
+    y0 = torch.randn(len(classes) * count, run.noise_dim, generator=common.generator_of("score", run.seed))
+    labels, va = torch.arange(len(classes)).repeat_interleave(count), jointgan.class_va(train)
+    made = jointgan.make_faces(decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run)
+    probs, _ = common.restore(common.load_checkpoint(judge / "model.pt"), device)(made)
+    own = train.labels if train.clean is None else train.clean
+    spread = [torch.stack([faces[y == c].float().std(0).mean() for c in range(len(classes)) if (y == c).sum() > 1]).mean() for faces, y in ((made, labels), (train.images, own))]
+    return {"faces/recognised": round((probs.argmax(1) == labels).float().mean().item(), 6), "faces/spread": round((spread[0] / spread[1]).item(), 6)}
+
+
 def run_one(suite: str, row: Row, seed: int, args) -> None:
     """Train, or go on training, and write the record."""
     record = record_path(suite, row, seed)
@@ -123,6 +169,8 @@ def run_one(suite: str, row: Row, seed: int, args) -> None:
     for tag in ("accuracy/test_mean_class", *KNOWN):
         if tag in last:
             numbers[tag] = round(last[tag], 6)
+    if row.script == "jointgan":
+        numbers |= score_faces(folder, args)
     content = {
         "row": row.name, "command": f"python {row.script}.py {' '.join(flags)}", "seed": seed, "passes": row.passes, **numbers,
         "seconds": round(sum(line["seconds"] for line in history)), "machine": machine(), "versions": made["versions"], "commit": made["commit"],
@@ -170,11 +218,11 @@ def write_docs() -> None:
             minutes = statistics.mean(run["seconds"] for run in runs) / 60
             text.append(f"| {row.name} | {len(runs)} | " + " | ".join(cell(runs, key) for key in keys) + f" | {row.passes} | {minutes:.1f} |")
         tags = [tag for tag in KNOWN if any(tag in run for _, runs in rows for run in runs)]
-        text += ["", "What the methods know of the noise, last epoch, per cent (`negative/classes`: a number of classes):", "",
+        text += ["", "What the methods know of the noise, and what else they log; last epoch, per cent (`negative/classes`, `loss/cross_entropy`: as they are):", "",
                  "| | " + " | ".join(tags) + " |", "|---" * (len(tags) + 1) + "|"]
         for row, runs in rows:
             if any(tag in run for tag in tags for run in runs):
-                text.append(f"| {row.name} | " + " | ".join(cell(runs, tag, 1 if tag == "negative/classes" else 100) for tag in tags) + " |")
+                text.append(f"| {row.name} | " + " | ".join(cell(runs, tag, 1 if tag in UNSCALED else 100) for tag in tags) + " |")
         text += ["", f"![test accuracy against epoch](figures/{suite}.png)", "", "Commands (seed 1), and last5 of every seed:", ""]
         for row, runs in rows:
             text.append(f"- {row.name}: `{runs[0]['command']}`: " + ", ".join(f"{100 * run['last5']:.1f}" for run in runs))

@@ -12,6 +12,7 @@ import cocuring
 import jointgan
 import ncctfer
 import scn
+import toyfaces
 
 
 def load(name):
@@ -63,6 +64,25 @@ def test_compare_goes_on_with_an_interrupted_run(suite, tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
     assert compare.main([*suite, "--seeds", "1"]) == 0
     assert json.loads((tmp_path / "results" / "small" / "scn-s1.json").read_text())["seed"] == 1
+
+
+def test_made_faces_are_scored(tiny, tmp_path, monkeypatch):
+    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    assert jointgan.main([*tiny, *small, "--name", "made"]) == 0
+    assert jointgan.main([*tiny, *small, "--name", "alone", "--lambda", "0"]) == 0
+    place = SimpleNamespace(out=tmp_path / "runs", cache=str(tmp_path / "cache"))
+    assert compare.score_faces(tmp_path / "alone", place) == {}
+    got = compare.score_faces(tmp_path / "made", place)
+    assert 0 <= got["faces/recognised"] <= 1 and 0 < got["faces/spread"] < 1
+
+    def real(decoder, y0, labels, va, sets, args):  # as a perfect decoder: toy faces of the class
+        faces = [toyfaces.draw_face("test", i, size=args.size, label=int(c))[0] for i, c in enumerate(labels.argmax(1))]
+        return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2)
+
+    monkeypatch.setattr(compare.jointgan, "make_faces", real)
+    assert 0.7 < compare.score_faces(tmp_path / "made", place)["faces/spread"] < 1.3
+    monkeypatch.setattr(compare.jointgan, "make_faces", lambda decoder, y0, labels, *rest: torch.full((len(labels), 3, 32, 32), 99, dtype=torch.uint8))
+    assert compare.score_faces(tmp_path / "made", place)["faces/spread"] == 0
 
 
 def test_grad_cam_of_a_linear_map_is_the_weighted_map():
