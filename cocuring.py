@@ -200,6 +200,8 @@ def restore(states: list[dict], args, num_classes: int, device):
 @common.reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    if args.evaluate or args.predict:
+        return common.use_checkpoint(args, "cocuring")
     device = common.find_device(args.device)
     with common.Run(args, "cocuring") as run:
         print(f"{run.folder} on {device}; preset {args.preset} (flags win)")

@@ -32,9 +32,12 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
+from augmentation import (  # noqa: F401 - part of what the scripts take from here
+    OPERATIONS, apply_operations, augment, color_jitter, rand_augment, random_affine, random_crop, random_flip,
+)
 from datasets import (  # noqa: F401 - part of what the scripts take from here
-    RAF_CONFUSIONS, Index, Split, UserError, asymmetric_noise, decode_all, generator_of, inject, load_data, load_train_index, read_labels,
-    read_va, seed_of, symmetric_noise, write_atomically, write_labels, write_va,
+    IMAGE_SUFFIXES, RAF_CONFUSIONS, Index, Split, UserError, asymmetric_noise, decode, decode_all, generator_of, inject, load_data,
+    load_train_index, read_index, read_labels, read_va, seed_of, symmetric_noise, write_atomically, write_labels, write_va,
 )
 
 try:
@@ -70,7 +73,7 @@ def reports_errors(main):
 # ----------------------------------------------------------------------------------------------------------------------
 
 DATA_SETS = ("toy", "raf", "ferplus", "cifar10", "folder")
-NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite")  # these say where a run lies, not what it computes
+NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite", "evaluate", "predict")  # these say where a run lies, not what it computes
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,6 +139,9 @@ def add_training_args(parser, backbone: bool = True) -> None:
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device computes it natively (default: %(default)s)")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, pays on long runs only")
+    group = parser.add_argument_group("trained models")
+    group.add_argument("--evaluate", metavar="CHECKPOINT", help="no training: test the model.pt of a run on --data, classes matched by name")
+    group.add_argument("--predict", nargs="+", metavar=("CHECKPOINT", "PATH"), help="no training: predict images and folders of images with the model.pt of a run; writes predictions.csv")
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     group.add_argument("--name", help="name of the run (default: made of method, data, noise, changed flags and seed)")
@@ -159,8 +165,15 @@ def parse_with_presets(parser, presets: dict, argv, method: str):
     check_data_args(args, parser)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite discards it: give one of them")
+    if args.evaluate and args.predict:
+        parser.error("--evaluate and --predict are two jobs: give one of them")
+    if args.predict and len(args.predict) < 2:
+        parser.error("--predict takes a model.pt and then images or folders of images")
     if args.name is None:
         args.name = default_name(args, parser, method)
+        if used := args.evaluate or (args.predict or [None])[0]:
+            what = "predictions" if args.predict else "-".join(["on", args.data] + [args.split] * (args.split != "test"))
+            args.name = f"{Path(used).resolve().parent.name}-{what}"
     args.argv, args.preset = argv, f"{start} {args.data}: " + ", ".join(f"{key} {value}" for key, value in preset.items())
     return args
 
@@ -191,7 +204,7 @@ def default_name(args, parser, method: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batches and augmentation: on the device, drawn per sample
+# Batches and the plan of an epoch
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -311,173 +324,6 @@ def set_labels(labels: Tensor, index: Tensor, new: Tensor) -> Tensor:
     changed = ((labels[index] != new) & (last == place)).sum()
     labels[index] = new
     return changed
-
-
-def random_flip(images: Tensor, u: Tensor) -> Tensor:
-    """Mirror the images (B, C, H, W) whose u (B,) is below 0.5."""
-    return torch.where((u < 0.5)[:, None, None, None], images.flip(-1), images)
-
-
-def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
-    """Pad (B, C, H, W) with `pad` black pixels on each side and cut the old size out, at an offset given by u and v (B,)."""
-    n, c, h, w = images.shape
-    rows = (u * (2 * pad + 1)).long()[:, None] + torch.arange(h, device=images.device)  # (B, H)
-    columns = (v * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=images.device)  # (B, W)
-    padded = F.pad(images, (pad, pad, pad, pad))
-    sample, channel = torch.arange(n, device=images.device), torch.arange(c, device=images.device)
-    return padded[sample[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def grey_of(images: Tensor) -> Tensor:
-    """Luma (B, 1, H, W) of images (B, C, H, W), C = 1 or 3, with the weights of ITU-R BT.601 as Pillow and torchvision."""
-    if images.shape[1] == 1:
-        return images
-    return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-
-
-def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Scale brightness, then contrast about the mean grey, then saturation; each factor (B,), 1 changes nothing.
-
-    images: float (B, C, H, W) in [0, 255]; clamped there after each step. The operations are torchvision's; the order is
-    fixed, where its ColorJitter draws one.
-    """
-    brightness, contrast, saturation = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
-    images = (images * brightness).clamp(0, 255)
-    mean = grey_of(images).mean((1, 2, 3), keepdim=True)
-    images = torch.lerp(mean, images, contrast).clamp(0, 255)
-    if images.shape[1] == 1:  # a grey image has no saturation
-        return images
-    return torch.lerp(grey_of(images), images, saturation).clamp(0, 255)
-
-
-def random_affine(images: Tensor, plan: EpochPlan, part: slice, degrees: float, shift: float, zoom: float) -> Tensor:
-    """Rotate, shift and zoom about the centre, drawn per sample from +- degrees, +- shift (share of the size), 1 +- zoom.
-
-    images: (B, C, H, W) with H = W, the samples at the positions `part` of the plan; bilinear, black outside. Returns float32.
-    """
-    angle, x, y, scale = (2 * plan.draw(name, part) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
-    angle, scale = torch.deg2rad(degrees * angle), 1 + zoom * scale
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    rows = [torch.stack([cos, -sin, 2 * shift * x], 1), torch.stack([sin, cos, 2 * shift * y], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False)
-
-
-def augment(images: Tensor, plan: EpochPlan, part: slice, crop: int = 0, jitter: float = 0.0) -> Tensor:
-    """Flip, pad-and-crop by `crop` pixels and jitter in [1 - jitter, 1 + jitter], each drawn per sample.
-
-    images: uint8 (B, C, H, W), the samples at the positions `part` of the plan. Returns uint8, or with jitter float32 in
-    [0, 255].
-    """
-    images = random_flip(images, plan.draw("flip", part))
-    if crop:
-        images = random_crop(images, plan.draw("crop y", part), plan.draw("crop x", part), crop)
-    if jitter:
-        factors = (1 + jitter * (2 * plan.draw(name, part) - 1) for name in ("brightness", "contrast", "saturation"))
-        images = color_jitter(images.float(), *factors)
-    return images
-
-
-# RandAugment's operations with torchvision's ranges, and inversion, which NCCTFER (Sec. 4.2) names.
-OPERATIONS = ("identity", "shear x", "shear y", "translate x", "translate y", "rotate", "brightness", "color", "contrast", "sharpness",
-              "posterize", "solarize", "autocontrast", "equalize", "invert")
-
-
-def rand_augment(images: Tensor, plan: EpochPlan, part: slice, layers: int = 2, magnitude: int = 10) -> Tensor:
-    """RandAugment (Cubuk et al., 2020): `layers` operations one after the other, drawn anew for every sample.
-
-    images: uint8 (B, C, H, W), the samples at the positions `part` of the plan. magnitude in [0, 30]. Returns uint8.
-    """
-    for layer in range(layers):
-        operation = (plan.draw(f"operation {layer}", part) * len(OPERATIONS)).long()
-        sign = torch.where(plan.draw(f"sign {layer}", part) < 0.5, -1.0, 1.0)
-        images = apply_operations(images, operation, sign, magnitude)
-    return images
-
-
-def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int = 10) -> Tensor:
-    """One operation for each image, equal to torchvision's on that image alone.
-
-    images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of the
-    operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not its
-    own leave it as it is.
-    """
-    step = {name: operation == number for number, name in enumerate(OPERATIONS)}
-    ratio = 1 + bin_of(0.9, magnitude) * sign.double()  # of brightness, color, contrast, sharpness; (B,)
-    images = shear_translate_rotate(images, step, magnitude, sign)
-    images = apply_tables(images, step, magnitude, ratio)
-    if images.shape[1] == 3:  # a grey image has no colour to blend
-        images = blend(images, grey_of(images.float()).floor(), torch.where(step["color"], ratio, 1.0))
-    return blend(images, blurred(images), torch.where(step["sharpness"], ratio, 1.0))
-
-
-def bin_of(top: float, magnitude: int) -> float:
-    """The magnitude-th of torchvision's 31 bins from 0 to `top`."""
-    return torch.linspace(0, top, 31)[magnitude].item()
-
-
-def shear_translate_rotate(images: Tensor, step: dict, magnitude: int, sign: Tensor) -> Tensor:
-    """Sample each image at A (x, y, 1), in pixels from its centre, to the nearest pixel; black outside."""
-    n, _, h, w = images.shape
-    shear, angle = bin_of(0.3, magnitude) * sign, torch.deg2rad(bin_of(30, magnitude) * sign)  # (B,)
-    zero, one = torch.zeros_like(shear), torch.ones_like(shear)
-
-    def where(name, value, other):
-        return torch.where(step[name], value, other)
-
-    cos, sin = where("rotate", angle.cos(), one), where("rotate", angle.sin(), zero)
-    shear_x, shear_y = where("shear x", shear, zero), where("shear y", shear, zero)  # about the upper left corner
-    shift_x = where("translate x", int(bin_of(150 / 331 * w, magnitude)) * sign, zero)
-    shift_y = where("translate y", int(bin_of(150 / 331 * h, magnitude)) * sign, zero)
-    rows = [torch.stack([cos, shear_x - sin, shear_x * h / 2 - shift_x], 1), torch.stack([shear_y + sin, cos, shear_y * w / 2 - shift_y], 1)]
-    x = torch.arange(w, device=images.device) + 0.5 - w / 2
-    y = torch.arange(h, device=images.device) + 0.5 - h / 2
-    place = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)], -1).view(-1, 3)  # (H W, 3)
-    grid = torch.stack([place @ rows[0].T / (w / 2), place @ rows[1].T / (h / 2)], -1)  # (H W, B, 2), in [-1, 1] inside
-    grid = grid.view(h, w, n, 2).permute(2, 0, 1, 3)
-    return F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).round().to(torch.uint8)
-
-
-def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> Tensor:
-    """The operations that map each value on its own: one table of 256 entries for each image and channel."""
-    n, c, h, w = images.shape
-    flat = images.view(n, c, h * w).long()
-    value = torch.arange(256, device=images.device, dtype=torch.float32)
-    hist = torch.zeros(n, c, 256, device=images.device).scatter_add_(2, flat, torch.ones(1, device=images.device).expand(flat.shape))
-    own, other = ratio.float()[:, None, None], (1 - ratio).float()[:, None, None]
-    mean = grey_of(images.float()).floor().mean((1, 2, 3))[:, None, None]
-
-    low, high = flat.amin(2, keepdim=True).float(), flat.amax(2, keepdim=True).float()
-    stretched = torch.where(high > low, (value - low) * (255 / (high - low).clamp(min=1)), value)
-    # Equalize: the step is the count of all pixels but those of the largest value, over 255
-    unit = ((h * w - hist.gather(2, flat.amax(2, keepdim=True))) / 255).floor()
-    before = hist.cumsum(2) - hist  # pixels of smaller values
-    equal = torch.where(unit > 0, ((before + (unit / 2).floor()) / unit.clamp(min=1)).floor(), value)
-    equal[:, :, 0] = torch.where(unit[:, :, 0] > 0, 0, value[0])
-
-    bits = 8 - round(4 * magnitude / 30)
-    tables = {"brightness": own * value, "contrast": own * value + other * mean, "posterize": (value / 2 ** (8 - bits)).floor() * 2 ** (8 - bits),
-              "solarize": torch.where(value >= 255 - bin_of(255, magnitude), 255 - value, value), "autocontrast": stretched, "equalize": equal, "invert": 255 - value}
-    table = value.expand(n, c, 256)
-    for name, entries in tables.items():
-        table = torch.where(step[name][:, None, None], entries, table)
-    return table.clamp(0, 255).to(torch.uint8).gather(2, flat).view(n, c, h, w)
-
-
-def blurred(images: Tensor) -> Tensor:
-    """float32 (B, C, H, W): the 3 x 3 mean with a centre of weight 5, rounded; the border as it is. For sharpness."""
-    c, kernel = images.shape[1], torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5
-    smooth = images.float()
-    inner = F.conv2d(smooth, (kernel / kernel.sum()).expand(c, 1, 3, 3), groups=c).round()
-    smooth[:, :, 1:-1, 1:-1] = inner
-    return smooth
-
-
-def blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
-    """uint8 of ratio * images + (1 - ratio) * other, clamped and truncated as in torchvision. ratio: (B,), 1 changes nothing."""
-    ratio = ratio[:, None, None, None]
-    return (ratio.float() * images + (1 - ratio).float() * other).clamp(0, 255).to(torch.uint8)
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all the papers' codes
@@ -729,6 +575,85 @@ def render(figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation and prediction with a trained model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def use_checkpoint(args, method: str) -> int:
+    """--evaluate CHECKPOINT or --predict CHECKPOINT PATHS; writes into the folder of --out and --name. Returns 0.
+
+    Raises UserError for a checkpoint of another method, other classes, images that cannot be read, or a folder that is
+    there already (without --overwrite).
+    """
+    path = Path(args.evaluate or args.predict[0])
+    state, folder = load_checkpoint(path), Path(args.out) / args.name
+    if state.get("method") != method:
+        raise UserError(f"{path}: a checkpoint of {state.get('method', 'something else')}, not of {method}")
+    predictor = restore(state, find_device(args.device))
+    if folder.exists() and not args.overwrite:
+        raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
+    (evaluate_checkpoint if args.evaluate else predict_images)(args, state, predictor, folder)
+    return 0
+
+
+def evaluate_checkpoint(args, state: dict, predictor, folder: Path) -> None:
+    """Accuracy, mean class accuracy, a table per class and the confusion matrix on the evaluated split of --data."""
+    args.size = state["args"]["size"]
+    index = read_index(args, args.split)
+    if set(index.classes) != set(state["classes"]):
+        raise UserError(f"the model knows the classes {', '.join(state['classes'])}, --data {args.data} has {', '.join(index.classes)}; --classes 7 drops contempt")
+    probs, _ = predictor(decode_all(index, args, args.split))
+    probs = probs.cpu()[:, [state["classes"].index(name) for name in index.classes]]  # into the order of the data set
+    labels = torch.tensor(index.labels)
+    scalars, table = accuracy_scalars(probs, labels, index.classes), confusion(probs.argmax(1), labels, len(index.classes))
+    width = max(map(len, index.classes))
+    print(f"{args.evaluate} on {args.data} {args.split}, {len(labels):,} images")
+    for name, row in zip(index.classes, table):
+        tag = f"accuracy/class/{name}"
+        print(f"{name:{width}}  {f'{scalars[tag]:7.2%}' if tag in scalars else '      -'} of {sum(row):,}")
+    print(f"{'accuracy':{width}}  {scalars['accuracy/test']:7.2%}\n{'class mean':{width}}  {scalars['accuracy/test_mean_class']:7.2%}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_png(folder / "confusion.png", render(figure_of_confusion(table, index.classes)))
+    record = {"checkpoint": args.evaluate, "data": args.data, "root": str(args.root), "split": args.split, "images": len(labels), **scalars, "classes": list(index.classes), "confusion": table}
+    write_atomically(folder / "evaluation.json", lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"{folder}: evaluation.json, confusion.png")
+
+
+def predict_images(args, state: dict, predictor, folder: Path) -> None:
+    """predictions.csv, a line per image: its name, its class and the probability of each class; and a sheet of the first."""
+    paths = []
+    for given in map(Path, args.predict[1:]):
+        if given.is_dir():
+            paths += [p for p in sorted(given.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+        else:
+            paths.append(given)  # whatever its suffix: a file that is no image is an error
+    if not paths:
+        raise UserError(f"--predict: no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(args.predict[1:])}")
+    size, parts, shown = state["args"]["size"], [], None
+    for start in range(0, len(paths), 512):  # never all in memory
+        images = torch.from_numpy(np.stack([decode(path, (size, size), grey=False) for path in paths[start : start + 512]]))
+        parts.append(predictor(images)[0].cpu())
+        shown = images[:32] if shown is None else shown
+    probs = torch.cat(parts)
+    captions = [f"{state['classes'][p.argmax()]} {p.max():.2f}" for p in probs[: len(shown)]]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_png(folder / "predictions.png", render(figure_of_faces(shown, captions, ["black"] * len(shown), "Predicted class and its probability")))
+
+    def write(file):
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            rows = csv.writer(stream, lineterminator="\n")
+            rows.writerow(["name", "class", *state["classes"]])
+            rows.writerows([path.as_posix(), state["classes"][p.argmax()], *(f"{v:.6f}" for v in p.tolist())] for path, p in zip(paths, probs))
+
+    write_atomically(folder / "predictions.csv", write)
+    print(f"{folder}: predictions.csv ({len(paths):,} images), predictions.png")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The run folder
 # ----------------------------------------------------------------------------------------------------------------------
@@ -866,7 +791,7 @@ class Run:
                  "audit": figure_of_audit(train, current, scores, order[:32])} | (figures or {})
         for name, figure in shown.items():
             pixels = render(figure)
-            write_atomically(self.folder / f"{name}.png", functools.partial(Image.fromarray(pixels).save, format="PNG"))
+            save_png(self.folder / f"{name}.png", pixels)
             self.writer.add_image(name, pixels, self.args.epochs, dataformats="HWC")
         results = summary(history)
         self.write_hparams(results)

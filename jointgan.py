@@ -454,6 +454,8 @@ def figure_of_made_faces(decoder, train, sets: int, args, device, rows: int = 8)
 @common.reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    if args.evaluate or args.predict:
+        return common.use_checkpoint(args, "jointgan")
     device = common.find_device(args.device)
     with common.Run(args, "jointgan") as run:
         print(f"{run.folder} on {device}; preset {args.preset} (flags win)")

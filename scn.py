@@ -235,6 +235,8 @@ def figure_of_weights(train, current: Tensor, weights: Tensor):
 @common.reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    if args.evaluate or args.predict:
+        return common.use_checkpoint(args, "scn")
     device = common.find_device(args.device)
     with common.Run(args, "scn") as run:
         print(f"{run.folder} on {device}; preset {args.preset} (flags win)")

@@ -1,0 +1,177 @@
+"""Augmentation of batches on their device, drawn per sample.
+
+Imported by common.py alone, which hands everything on to the scripts. A `plan` is an epoch's common.EpochPlan and `part` a
+slice of its order: plan.draw(name, part) are the uniform numbers of those samples. Letters in shapes: B the batch, C channels,
+H and W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_flip(images: Tensor, u: Tensor) -> Tensor:
+    """Mirror the images (B, C, H, W) whose u (B,) is below 0.5."""
+    return torch.where((u < 0.5)[:, None, None, None], images.flip(-1), images)
+
+
+def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
+    """Pad (B, C, H, W) with `pad` black pixels on each side and cut the old size out, at an offset given by u and v (B,)."""
+    n, c, h, w = images.shape
+    rows = (u * (2 * pad + 1)).long()[:, None] + torch.arange(h, device=images.device)  # (B, H)
+    columns = (v * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=images.device)  # (B, W)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    sample, channel = torch.arange(n, device=images.device), torch.arange(c, device=images.device)
+    return padded[sample[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def grey_of(images: Tensor) -> Tensor:
+    """Luma (B, 1, H, W) of images (B, C, H, W), C = 1 or 3, with the weights of ITU-R BT.601 as Pillow and torchvision."""
+    if images.shape[1] == 1:
+        return images
+    return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Scale brightness, then contrast about the mean grey, then saturation; each factor (B,), 1 changes nothing.
+
+    images: float (B, C, H, W) in [0, 255]; clamped there after each step. The operations are torchvision's; the order is
+    fixed, where its ColorJitter draws one.
+    """
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
+    images = (images * brightness).clamp(0, 255)
+    mean = grey_of(images).mean((1, 2, 3), keepdim=True)
+    images = torch.lerp(mean, images, contrast).clamp(0, 255)
+    if images.shape[1] == 1:  # a grey image has no saturation
+        return images
+    return torch.lerp(grey_of(images), images, saturation).clamp(0, 255)
+
+
+def random_affine(images: Tensor, plan, part: slice, degrees: float, shift: float, zoom: float) -> Tensor:
+    """Rotate, shift and zoom about the centre, drawn per sample from +- degrees, +- shift (share of the size), 1 +- zoom.
+
+    images: (B, C, H, W) with H = W, the samples at the positions `part` of the plan; bilinear, black outside. Returns float32.
+    """
+    angle, x, y, scale = (2 * plan.draw(name, part) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
+    angle, scale = torch.deg2rad(degrees * angle), 1 + zoom * scale
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    rows = [torch.stack([cos, -sin, 2 * shift * x], 1), torch.stack([sin, cos, 2 * shift * y], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+def augment(images: Tensor, plan, part: slice, crop: int = 0, jitter: float = 0.0) -> Tensor:
+    """Flip, pad-and-crop by `crop` pixels and jitter in [1 - jitter, 1 + jitter], each drawn per sample.
+
+    images: uint8 (B, C, H, W), the samples at the positions `part` of the plan. Returns uint8, or with jitter float32 in
+    [0, 255].
+    """
+    images = random_flip(images, plan.draw("flip", part))
+    if crop:
+        images = random_crop(images, plan.draw("crop y", part), plan.draw("crop x", part), crop)
+    if jitter:
+        factors = (1 + jitter * (2 * plan.draw(name, part) - 1) for name in ("brightness", "contrast", "saturation"))
+        images = color_jitter(images.float(), *factors)
+    return images
+
+
+# RandAugment's operations with torchvision's ranges, and inversion, which NCCTFER (Sec. 4.2) names.
+OPERATIONS = ("identity", "shear x", "shear y", "translate x", "translate y", "rotate", "brightness", "color", "contrast", "sharpness",
+              "posterize", "solarize", "autocontrast", "equalize", "invert")
+
+
+def rand_augment(images: Tensor, plan, part: slice, layers: int = 2, magnitude: int = 10) -> Tensor:
+    """RandAugment (Cubuk et al., 2020): `layers` operations one after the other, drawn anew for every sample.
+
+    images: uint8 (B, C, H, W), the samples at the positions `part` of the plan. magnitude in [0, 30]. Returns uint8.
+    """
+    for layer in range(layers):
+        operation = (plan.draw(f"operation {layer}", part) * len(OPERATIONS)).long()
+        sign = torch.where(plan.draw(f"sign {layer}", part) < 0.5, -1.0, 1.0)
+        images = apply_operations(images, operation, sign, magnitude)
+    return images
+
+
+def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int = 10) -> Tensor:
+    """One operation for each image, equal to torchvision's on that image alone.
+
+    images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of the
+    operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not its
+    own leave it as it is.
+    """
+    step = {name: operation == number for number, name in enumerate(OPERATIONS)}
+    ratio = 1 + bin_of(0.9, magnitude) * sign.double()  # of brightness, color, contrast, sharpness; (B,)
+    images = shear_translate_rotate(images, step, magnitude, sign)
+    images = apply_tables(images, step, magnitude, ratio)
+    if images.shape[1] == 3:  # a grey image has no colour to blend
+        images = blend(images, grey_of(images.float()).floor(), torch.where(step["color"], ratio, 1.0))
+    return blend(images, blurred(images), torch.where(step["sharpness"], ratio, 1.0))
+
+
+def bin_of(top: float, magnitude: int) -> float:
+    """The magnitude-th of torchvision's 31 bins from 0 to `top`."""
+    return torch.linspace(0, top, 31)[magnitude].item()
+
+
+def shear_translate_rotate(images: Tensor, step: dict, magnitude: int, sign: Tensor) -> Tensor:
+    """Sample each image at A (x, y, 1), in pixels from its centre, to the nearest pixel; black outside."""
+    n, _, h, w = images.shape
+    shear, angle = bin_of(0.3, magnitude) * sign, torch.deg2rad(bin_of(30, magnitude) * sign)  # (B,)
+    zero, one = torch.zeros_like(shear), torch.ones_like(shear)
+
+    def where(name, value, other):
+        return torch.where(step[name], value, other)
+
+    cos, sin = where("rotate", angle.cos(), one), where("rotate", angle.sin(), zero)
+    shear_x, shear_y = where("shear x", shear, zero), where("shear y", shear, zero)  # about the upper left corner
+    shift_x = where("translate x", int(bin_of(150 / 331 * w, magnitude)) * sign, zero)
+    shift_y = where("translate y", int(bin_of(150 / 331 * h, magnitude)) * sign, zero)
+    rows = [torch.stack([cos, shear_x - sin, shear_x * h / 2 - shift_x], 1), torch.stack([shear_y + sin, cos, shear_y * w / 2 - shift_y], 1)]
+    x = torch.arange(w, device=images.device) + 0.5 - w / 2
+    y = torch.arange(h, device=images.device) + 0.5 - h / 2
+    place = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)], -1).view(-1, 3)  # (H W, 3)
+    grid = torch.stack([place @ rows[0].T / (w / 2), place @ rows[1].T / (h / 2)], -1)  # (H W, B, 2), in [-1, 1] inside
+    grid = grid.view(h, w, n, 2).permute(2, 0, 1, 3)
+    return F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).round().to(torch.uint8)
+
+
+def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> Tensor:
+    """The operations that map each value on its own: one table of 256 entries for each image and channel."""
+    n, c, h, w = images.shape
+    flat = images.view(n, c, h * w).long()
+    value = torch.arange(256, device=images.device, dtype=torch.float32)
+    hist = torch.zeros(n, c, 256, device=images.device).scatter_add_(2, flat, torch.ones(1, device=images.device).expand(flat.shape))
+    own, other = ratio.float()[:, None, None], (1 - ratio).float()[:, None, None]
+    mean = grey_of(images.float()).floor().mean((1, 2, 3))[:, None, None]
+
+    low, high = flat.amin(2, keepdim=True).float(), flat.amax(2, keepdim=True).float()
+    stretched = torch.where(high > low, (value - low) * (255 / (high - low).clamp(min=1)), value)
+    # Equalize: the step is the count of all pixels but those of the largest value, over 255
+    unit = ((h * w - hist.gather(2, flat.amax(2, keepdim=True))) / 255).floor()
+    before = hist.cumsum(2) - hist  # pixels of smaller values
+    equal = torch.where(unit > 0, ((before + (unit / 2).floor()) / unit.clamp(min=1)).floor(), value)
+    equal[:, :, 0] = torch.where(unit[:, :, 0] > 0, 0, value[0])
+
+    bits = 8 - round(4 * magnitude / 30)
+    tables = {"brightness": own * value, "contrast": own * value + other * mean, "posterize": (value / 2 ** (8 - bits)).floor() * 2 ** (8 - bits),
+              "solarize": torch.where(value >= 255 - bin_of(255, magnitude), 255 - value, value), "autocontrast": stretched, "equalize": equal, "invert": 255 - value}
+    table = value.expand(n, c, 256)
+    for name, entries in tables.items():
+        table = torch.where(step[name][:, None, None], entries, table)
+    return table.clamp(0, 255).to(torch.uint8).gather(2, flat).view(n, c, h, w)
+
+
+def blurred(images: Tensor) -> Tensor:
+    """float32 (B, C, H, W): the 3 x 3 mean with a centre of weight 5, rounded; the border as it is. For sharpness."""
+    c, kernel = images.shape[1], torch.ones(3, 3, device=images.device)
+    kernel[1, 1] = 5
+    smooth = images.float()
+    inner = F.conv2d(smooth, (kernel / kernel.sum()).expand(c, 1, 3, 3), groups=c).round()
+    smooth[:, :, 1:-1, 1:-1] = inner
+    return smooth
+
+
+def blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
+    """uint8 of ratio * images + (1 - ratio) * other, clamped and truncated as in torchvision. ratio: (B,), 1 changes nothing."""
+    ratio = ratio[:, None, None, None]
+    return (ratio.float() * images + (1 - ratio).float() * other).clamp(0, 255).to(torch.uint8)
