@@ -72,7 +72,7 @@ def reports_errors(main):
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-DATA_SETS = ("toy", "raf", "ferplus", "cifar10", "folder")
+DATA_SETS = ("toy", "raf", "ferplus", "affectnet", "affectnet-auto", "cifar10", "folder")
 NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite", "evaluate", "predict")  # these say where a run lies, not what it computes
 
 
@@ -135,7 +135,7 @@ def add_training_args(parser, backbone: bool = True) -> None:
     group.add_argument("--epochs", type=positive_int)
     group.add_argument("--batch-size", type=number(int, 2))
     group.add_argument("--lr", type=number(float, 0, open_low=True), help="learning rate" + backbone * " of the backbone")
-    group.add_argument("--oversample", action=argparse.BooleanOptionalAction, default=False, help="class-balanced sampling by the given labels (default: %(default)s)")
+    group.add_argument("--oversample", action=argparse.BooleanOptionalAction, default=False, help="class-balanced sampling by the given labels (default: on AffectNet only)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device computes it natively (default: %(default)s)")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, pays on long runs only")
@@ -160,7 +160,7 @@ def parse_with_presets(parser, presets: dict, argv, method: str):
     early, _ = parser.parse_known_args(argv)
     start = "scratch" if getattr(early, "pretrained", "none") == "none" else "pretrained"
     preset = presets[start] | presets.get(f"{start} {early.data}", {})
-    parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, **preset)
+    parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, oversample=early.data.startswith("affectnet"), **preset)
     args = parser.parse_args(argv)
     check_data_args(args, parser)
     if args.resume and args.overwrite:

@@ -12,6 +12,7 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,11 @@ RAF_CLASSES = CANONICAL[:7]  # labels 1..7 in its files
 FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
 AFFECTNET_CLASSES = ("neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+ALIGNED_SAMPLE = 20  # AffectNet: images that are looked at to tell whether all are cropped already
 ORIGIN = {
     "raf": "RAF-DB comes from its authors, www.whdeng.cn/RAF/model1.html",
     "ferplus": "the images come from FER2013 (Kaggle), the votes from github.com/microsoft/FERPlus",
+    "affectnet": "AffectNet comes from its authors, mohammadmahoor.com/affectnet, on request",
     "cifar10": "CIFAR-10's python version comes from www.cs.toronto.edu/~kriz/cifar.html; unpack cifar-10-batches-py there",
     "folder": "a folder has root/train/<class>/* and root/test/<class>/*, or root/<class>/*",
 }
@@ -82,7 +85,7 @@ class Split:
 
 @dataclass
 class Index:
-    """A split before decoding: what there is, and where. A source is a path, (path, text of pixels), (toy) a number or (CIFAR-10) an array."""
+    """A split before decoding: what there is, and where. A source is a path, a Crop, (path, text of pixels), (toy) a number or (CIFAR-10) an array."""
 
     names: list[str]
     labels: list[int]
@@ -95,13 +98,21 @@ class Index:
         return Index(names, labels, self.classes, sources, None if self.va is None else self.va[rows])
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A part of an image file: box is left, upper, right, lower, in pixels."""
+
+    path: Path
+    box: tuple[int, int, int, int]
+
+
 def canonical(name: str) -> str:
     """The canonical name of an expression ("Happy" -> "happiness"); other names in lower case."""
     return SYNONYMS.get(name.strip().lower(), name.strip().lower())
 
 
 def not_found(data: str, root, missing) -> UserError:
-    return UserError(f"--data {data}: looked in {root}, where {missing} is missing; {ORIGIN[data]}; --data toy needs no files")
+    return UserError(f"--data {data}: looked in {root}, where {missing} is missing; {ORIGIN[data.removesuffix('-auto')]}; --data toy needs no files")
 
 
 def label_base(values, num_classes: int, where) -> int:
@@ -286,6 +297,87 @@ def read_folder(root: Path, split: str) -> Index:
     return index
 
 
+def read_affectnet(root: Path, split: str, automatic: bool = False) -> Index:
+    """AffectNet: the release with csv files, or the one with npy files (which has no automatic subset). See docs/data.md.
+
+    None, uncertain and no-face are dropped, and images whose valence or arousal is invalid (-2).
+    """
+    data = "affectnet-auto" if automatic else "affectnet"
+    tables = {"train": ["automatically_annotated.csv"] if automatic else ["training.csv"], "test": ["validation.csv", "validate.csv"]}[split]
+    folders = [p for p in (root, root / "Manually_Annotated_file_lists", root / "Automatically_annotated_file_list") if p.is_dir()]
+    table = next((folder / name for folder in folders for name in tables if (folder / name).is_file()), None)
+    annotations = root / {"train": "train_set", "test": "val_set"}[split] / "annotations"
+    if table:
+        names, sources, rows = read_affectnet_csv(root, table, data, automatic and split == "train")
+    elif annotations.is_dir() and not (automatic and split == "train"):
+        names, sources, rows = read_affectnet_npy(annotations)
+    else:
+        raise not_found(data, root, f"{' or '.join(tables)} (csv release)" + ("" if automatic else f" and {annotations.relative_to(root)} (npy release)"))
+    expression, va = rows[:, 0].astype(int), rows[:, 1:]
+    kept = np.flatnonzero((expression < 8) & (np.abs(va) <= 1).all(1))
+    print(f"AffectNet {split}: {len(kept):,} of {len(names):,} images have one of eight expressions and a valid valence and arousal")
+    index = Index(names, expression.tolist(), AFFECTNET_CLASSES, sources, va.astype(np.float32))
+    return index.take(kept.tolist())
+
+
+def read_affectnet_csv(root: Path, table: Path, data: str, automatic: bool) -> tuple[list[str], list, np.ndarray]:
+    """Names, sources and (expression, valence, arousal), float64 (N, 3), of a list of the csv release.
+
+    The images are cropped to the list's face boxes, unless the first ones all have one square size: then they are aligned.
+    """
+    columns = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks", "expression", "valence", "arousal"]
+    found, what = csv_rows(table, len(columns)), "Automatically_Annotated" if automatic else "Manually_Annotated"
+    if found and found[0][1][0] == columns[0]:
+        columns = found.pop(0)[1]
+    place = {name: k for k, name in enumerate(columns)}
+    choices = [root / f"{what}_Images", root / what / f"{what}_Images", root / what]
+    folder = next((p for p in choices if p.is_dir()), None)
+    if folder is None:
+        raise not_found(data, root, f"{what}_Images")
+    names, boxes, rows = [], [], []
+    for line_number, row in found:
+        try:
+            x, y, w, h = (round(float(row[place[f"face_{key}"]])) for key in ("x", "y", "width", "height"))
+            values = [float(row[place[key]]) for key in ("expression", "valence", "arousal")]
+        except (ValueError, KeyError):
+            raise UserError(f"{table}, line {line_number}: face box, expression, valence and arousal must be numbers") from None
+        if values[0] not in range(11):
+            raise UserError(f"{table}, line {line_number}: expression {row[place['expression']]} is outside 0 to 10")
+        names.append(row[place["subDirectory_filePath"]])
+        boxes.append((x, y, x + w, y + h))
+        rows.append(values)
+    rows = np.array(rows).reshape(-1, 3)
+    paths = [folder / name for name in names]
+    sizes = set()
+    for i in np.flatnonzero(rows[:, 0] < 8)[:ALIGNED_SAMPLE]:
+        with open_image(paths[i]) as image:
+            sizes.add(image.size)
+    aligned = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
+    print(f"{table.name}: the images are " + ("aligned already (one square size), not cropped" if aligned else "cropped to the face boxes"))
+    return names, paths if aligned else [Crop(path, box) for path, box in zip(paths, boxes)], rows
+
+
+def read_affectnet_npy(annotations: Path) -> tuple[list[str], list, np.ndarray]:
+    """Names, sources and (expression, valence, arousal), float64 (N, 3), of a split of the npy release."""
+    numbers = sorted((p.name.removesuffix("_exp.npy") for p in annotations.glob("*_exp.npy")), key=lambda n: (len(n), n))
+
+    def read(number):
+        values = []
+        for key in ("exp", "val", "aro"):
+            path = annotations / f"{number}_{key}.npy"
+            try:
+                values.append(float(np.load(path).item()))  # numbers, or strings of them
+            except (OSError, ValueError, EOFError):
+                raise UserError(f"{path}: is missing or does not hold a number") from None
+        if values[0] not in range(11):
+            raise UserError(f"{annotations / number}_exp.npy: expression {values[0]:g} is outside 0 to 10")
+        return values
+
+    rows = list(in_threads(read, numbers, f"reading {annotations}"))
+    images, split = annotations.parent / "images", annotations.parent.name
+    return [f"{split}/images/{n}.jpg" for n in numbers], [images / f"{n}.jpg" for n in numbers], np.array(rows).reshape(-1, 3)
+
+
 def read_cifar10(root: Path, split: str) -> Index:
     """CIFAR-10 in its python version, root/cifar-10-batches-py, by torchvision; the source of an image is its array."""
     from torchvision.datasets import CIFAR10
@@ -318,7 +410,7 @@ def read_index(args, split: str) -> Index:
     elif args.data == "ferplus":
         index = read_ferplus(root, split)
     else:  # no validation split of its own: a fixed stratified tenth of the training set
-        read = {"raf": read_raf, "cifar10": read_cifar10, "folder": read_folder}[args.data]
+        read = {"raf": read_raf, "affectnet": read_affectnet, "affectnet-auto": partial(read_affectnet, automatic=True), "cifar10": read_cifar10, "folder": read_folder}[args.data]
         index = read(root, "train" if split == "valid" else split)
         if split == "valid" or (split == "train" and args.split == "valid"):
             tenth = stratified(index.labels, len(index.labels) // 10, generator_of("valid"))
@@ -368,7 +460,17 @@ IN_MEMORY = 2**30  # bytes; a larger cache is memory-mapped
 
 
 def open_image(source):
-    """A PIL image of a source: a path, or (where, "70 80 82 ...") as in fer2013.csv."""
+    """A PIL image of a source: a path, a Crop, or (where, "70 80 82 ...") as in fer2013.csv."""
+    if isinstance(source, Crop):
+        whole = open_image(source.path)
+        left, upper, right, lower = source.box
+        box = max(0, left), max(0, upper), min(whole.width, right), min(whole.height, lower)
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise UserError(f"{source.path}: the face box {source.box} lies outside the image, {whole.width} x {whole.height}")
+        try:
+            return whole.crop(box)
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{source.path}: the image is truncated or damaged ({error})") from None
     if isinstance(source, tuple):
         where, text = source
         try:
@@ -411,10 +513,12 @@ def decode_all(index: Index, args, split: str) -> Tensor:
     stamp = hashlib.sha256()  # of the files, not of the labels
     for name, source in zip(index.names, index.sources):
         try:
-            stat = os.stat(source) if isinstance(source, Path) else None
+            path = source.path if isinstance(source, Crop) else source
+            stat = os.stat(path) if isinstance(path, Path) else None
         except OSError:
-            raise UserError(f"{source}: the image is missing") from None
-        stamp.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns), source[1] if stat is None else None)).encode())
+            raise UserError(f"{path}: the image is missing") from None
+        rest = source.box if isinstance(source, Crop) else source[1] if stat is None else None
+        stamp.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns), rest)).encode())
     place = hashlib.sha256(str(Path(args.root).resolve()).encode()).hexdigest()[:8]
     file = Path(args.cache) / f"{args.data}-{place}-{split}{len(index.names)}-{args.size}px.npy"
     note = file.with_suffix(".json")
@@ -437,13 +541,24 @@ def load_array(file: Path) -> Tensor:
     return torch.from_numpy(np.load(file, mmap_mode="c" if large else None))  # "c": torch wants a writable view
 
 
+def in_threads(work, items: list, what: str, chunk: int = 1024):
+    """Yield work(item) in order, done in threads, at most a chunk ahead (Pillow decodes without holding the interpreter lock)."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=what, total=len(items), leave=False, disable=None, unit="img") as bar:
+        for start in range(0, len(items), chunk):
+            for result in pool.map(work, items[start : start + chunk]):
+                yield result
+                bar.update()
+
+
 def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict) -> None:
-    sizes, modes = set(), set()
-    for source in index.sources:
+    def look(source):
+        if isinstance(source, Crop):  # parts of photographs have all sizes and colour
+            return None, "RGB"
         with open_image(source) as image:
-            sizes.add(image.size)
-            modes.add(image.mode)
-    native = sizes.pop() if len(sizes) == 1 else (0, 1)
+            return image.size, image.mode
+
+    sizes, modes = map(set, zip(*in_threads(look, index.sources, f"looking at {args.data} {split}")))
+    native = next(iter(sizes)) if len(sizes) == 1 and None not in sizes else (0, 1)
     size = native if native[0] == native[1] <= args.size else (args.size, args.size)
     grey = all(mode in ("L", "1", "LA") or mode.startswith("I") for mode in modes)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -452,10 +567,8 @@ def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict)
     def write(path):
         shape = (len(index.sources), 1 if grey else 3, size[1], size[0])
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter lock
-            images = pool.map(lambda source: decode(source, size, grey), index.sources)
-            for i, pixels in enumerate(tqdm(images, f"decoding {args.data} {split}", len(index.sources), leave=False, disable=None, unit="img")):
-                array[i] = pixels
+        for i, pixels in enumerate(in_threads(lambda source: decode(source, size, grey), index.sources, f"decoding {args.data} {split}")):
+            array[i] = pixels
         array.flush()
 
     write_atomically(file, write)

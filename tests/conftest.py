@@ -130,6 +130,47 @@ def build_folder_splits(root, classes=("happy", "sad", "angry"), count=4, **opti
     return root
 
 
+AFFECTNET_COLUMNS = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"
+
+
+def affectnet_rows(count, first=0):
+    """(name, expression, valence, arousal) of `count` images: the eight expressions in turn, then none, uncertain and no face."""
+    rows = [(f"{i % 3}/{first + i}.jpg", i % 8, round(-0.9 + 0.01 * i, 2), round(0.9 - 0.02 * i, 2)) for i in range(count)]
+    return rows + [(f"0/{first + count + e}.jpg", e, -2, -2) for e in (8, 9, 10)]
+
+
+def affectnet_picture(name):
+    """A dark photograph, 60 x 50, with a bright face of its own grey in the box (10, 5, 42, 37)."""
+    image = Image.new("RGB", (60, 50), (10, 10, 10))
+    image.paste((100 + int(Path(name).stem) % 150,) * 3, (10, 5, 42, 37))
+    return image
+
+
+def build_affectnet(root, aligned=False, header=True):
+    """AffectNet's release with csv files: manual, automatic and validation lists; aligned: square crops instead of photographs."""
+    for table, folder, rows in (("training.csv", "Manually_Annotated", affectnet_rows(24)), ("validation.csv", "Manually_Annotated", affectnet_rows(8, 100)),
+                                ("automatically_annotated.csv", "Automatically_Annotated", affectnet_rows(16, 200))):
+        lines = [AFFECTNET_COLUMNS] * (header or table != "validation.csv")
+        for name, expression, valence, arousal in rows:
+            image = affectnet_picture(name)
+            save(image.crop((10, 5, 42, 37)) if aligned else image, root / f"{folder}_Images" / name, quality=95)
+            lines.append(f"{name},10,5,32,32,{';'.join(['1.5'] * 136)},{expression},{valence},{arousal}")
+        (root / table).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def build_affectnet_npy(root):
+    """AffectNet's release with npy files, some of them strings."""
+    for split, rows in (("train_set", affectnet_rows(24)), ("val_set", affectnet_rows(8, 100))):
+        for number, (name, expression, valence, arousal) in enumerate(rows):
+            save(affectnet_picture(name).crop((10, 5, 42, 37)), root / split / "images" / f"{number}.jpg", quality=95)
+            for key, value in (("exp", expression), ("val", valence), ("aro", arousal), ("lnd", 0.0)):
+                path = root / split / "annotations" / f"{number}_{key}.npy"
+                path.parent.mkdir(exist_ok=True)
+                np.save(path, np.array(str(value)) if number % 2 else np.array(value))
+    return root
+
+
 def build_cifar10(root, per_batch=20):
     """CIFAR-10's python version: five training batches and a test batch of two images of each class."""
     folder = root / "cifar-10-batches-py"
@@ -145,6 +186,7 @@ def build_cifar10(root, per_batch=20):
 BUILDERS = {
     "raf": build_raf, "raf lists": lambda root: build_raf(root, separate=True), "kaggle": build_raf_kaggle,
     "kaggle folders": lambda root: build_raf_kaggle(root, tables=False), "ferplus": build_ferplus, "ferplus csv": build_ferplus_csv,
+    "affectnet": build_affectnet, "affectnet aligned": lambda root: build_affectnet(root, aligned=True, header=False), "affectnet npy": build_affectnet_npy,
     "cifar10": build_cifar10, "folder": build_folder, "folder splits": build_folder_splits,
 }
 

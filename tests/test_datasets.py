@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    BUILDERS, FERPLUS_USAGE, RAF_TEST, RAF_TRAIN, build_cifar10, build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf,
-    build_raf_kaggle, ferplus_rows, picture, raf_rows, save, votes_for,
+    BUILDERS, FERPLUS_USAGE, RAF_TEST, RAF_TRAIN, build_affectnet, build_affectnet_npy, build_cifar10, build_ferplus, build_ferplus_csv, build_folder,
+    build_folder_splits, build_raf, build_raf_kaggle, ferplus_rows, picture, raf_rows, save, votes_for,
 )
 from PIL import Image
 
@@ -50,6 +50,9 @@ def fail(*args):
     ("kaggle folders", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
     ("ferplus", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
     ("ferplus csv", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
+    ("affectnet aligned", "affectnet", (3, 32, 32), (24, 8), AFFECTNET_CLASSES),
+    ("affectnet npy", "affectnet", (3, 32, 32), (24, 8), AFFECTNET_CLASSES),
+    ("affectnet aligned", "affectnet-auto", (3, 32, 32), (16, 8), AFFECTNET_CLASSES),
     ("cifar10", "cifar10", (3, 32, 32), (100, 20), ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
     ("folder", "folder", (3, 20, 20), (9, 3), ("anger", "happiness", "sadness")),
     ("folder splits", "folder", (3, 20, 20), (12, 6), ("anger", "happiness", "sadness")),
@@ -61,7 +64,7 @@ def test_a_layout_gives_its_images_labels_and_classes(layout, data, shape, count
         assert torch.bincount(split.labels, minlength=len(classes)).tolist() == [count // len(classes)] * len(classes)
         assert split.classes == classes
         assert len(set(split.names)) == count
-        assert split.clean is None and split.va is None
+        assert split.clean is None and (split.va is None) == (not data.startswith("affectnet"))
 
 
 def test_toy_has_valence_and_arousal(few_toys, arguments):
@@ -1142,3 +1145,63 @@ def test_cifar10_has_no_expressions(tmp_path, arguments):
         load_data(arguments("cifar10", root, "--noise", "0.2", "--noise-type", "asymmetric"))
     train, valid = load_data(arguments("cifar10", root, "--split", "valid", "--noise", "0.2"))
     assert len(train.labels) == 90 and len(valid.labels) == 10 and (train.labels != train.clean).sum() == 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AffectNet
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_affectnet_photographs_are_cropped_to_their_faces(tmp_path, arguments, capsys):
+    train, test = load_data(arguments("affectnet", build_affectnet(tmp_path / "data"), "--size", "40"))
+    assert train.images.shape == (24, 3, 40, 40) and "cropped to the face boxes" in capsys.readouterr().out
+    for name, image, va in zip(train.names, train.images, train.va):
+        number = int(name.split("/")[1].removesuffix(".jpg"))
+        assert (image.float() - (100 + number)).abs().mean() < 3  # the face alone, nothing dark
+        assert va.tolist() == pytest.approx([-0.9 + 0.01 * number, 0.9 - 0.02 * number])
+    assert test.names[0] == "0/100.jpg" and len(test.labels) == 8
+
+
+def test_affectnet_without_contempt_and_its_automatic_part(tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    train, test = load_data(arguments("affectnet", root, "--classes", "7"))
+    assert (len(train.labels), len(test.labels)) == (21, 7) and "contempt" not in train.classes and len(train.va) == 21
+    automatic, test = load_data(arguments("affectnet-auto", root))
+    assert automatic.names[0] == "0/200.jpg" and test.names[0] == "0/100.jpg"
+    assert arguments("affectnet-auto", root).oversample and not arguments("affectnet-auto", root, "--no-oversample").oversample
+    assert not arguments("raf").oversample
+
+
+def test_a_face_box_is_cut_at_the_image_and_must_meet_it(tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    text = (root / "training.csv").read_text()
+    (root / "training.csv").write_text(text.replace("0/0.jpg,10,5,32,32", "0/0.jpg,-4,5,80,32"))
+    assert load_data(arguments("affectnet", root))[0].images.shape[0] == 24
+    (root / "training.csv").write_text(text.replace("0/0.jpg,10,5,32,32", "0/0.jpg,70,5,8,32"))
+    with pytest.raises(UserError, match="0/0.jpg: the face box"):
+        load_data(arguments("affectnet", root))
+
+
+@pytest.mark.parametrize("old, new, words", [
+    (",0,-0.9,0.9", ",11,-0.9,0.9", "line 2: expression 11"), ("0/0.jpg,10", "0/0.jpg,ten", "line 2: face box"), (",0,-0.9,0.9", ",0,-0.9", "line 2: 8 fields"),
+])
+def test_a_bad_line_of_affectnet_is_refused(old, new, words, tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    (root / "training.csv").write_text((root / "training.csv").read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=words):
+        load_data(arguments("affectnet", root))
+
+
+def test_affectnet_says_what_is_missing(tmp_path, arguments):
+    with pytest.raises(UserError, match=r"training.csv \(csv release\) and train_set/annotations \(npy release\)"):
+        load_data(arguments("affectnet", tmp_path))
+    root = build_affectnet_npy(tmp_path / "npy")
+    with pytest.raises(UserError, match="automatically_annotated.csv"):
+        load_data(arguments("affectnet-auto", root))
+    (root / "train_set" / "annotations" / "3_val.npy").unlink()
+    with pytest.raises(UserError, match="3_val.npy"):
+        load_data(arguments("affectnet", root))
+    other = build_affectnet(tmp_path / "csv")
+    (other / "Manually_Annotated_Images" / "0" / "0.jpg").unlink()
+    with pytest.raises(UserError, match="0/0.jpg: the image is missing"):
+        load_data(arguments("affectnet", other))
