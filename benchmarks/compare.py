@@ -121,7 +121,7 @@ def machine() -> str:
         names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     except OSError:
         names = []
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} cores"
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} core{'s' * (torch.get_num_threads() > 1)}"
 
 
 def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
