@@ -55,6 +55,7 @@ SUITES = {
             Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False),
             Row("two networks, clean labels", "cocuring", f"--noise 0 {PLAIN}", 2),
             SCN,
+            Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False),
             Row("SCN, relabelling the whole batch", "scn", "--relabel-batch", 1, drawn=False),
             Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False),
             NCCTFER,
