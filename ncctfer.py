@@ -22,9 +22,9 @@ import common
 from common import UserError
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
-# "pretrained" is the paper's, Sec. 4.2; the others are ours: the rates of cocuring.py.
+# "pretrained" is the paper's, Sec. 4.2; the others are ours: the rates of scn.py (docs/ncctfer.md).
 PRESETS = {
-    "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-2, decay=0.95, warm_up=12),
+    "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=12),
     "scratch ferplus": dict(size=48),
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=4),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=5),
