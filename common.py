@@ -448,13 +448,25 @@ def restore(state: dict, device: torch.device):
     """The trained model in the content of a model.pt: its script's `restore`, whatever the method.
 
     Returns a function of images, uint8 (N, C, H, W), that gives softmax outputs (N, classes) and valence and arousal
-    (N, 2) or None. Raises UserError for another kind of checkpoint.
+    (N, 2) or None. Raises UserError for another kind of checkpoint, or weights that do not fit its arguments.
     """
     if not {"method", "classes", "args", "networks"} <= set(state) or state["method"] not in METHODS:
         raise UserError("not a model.pt of a finished run")
     script = importlib.import_module(state["method"])  # here, because scripts import this file
     args = argparse.Namespace(**state["args"] | {"pretrained": "none", "compile": False})
-    return script.restore(state["networks"], args, len(state["classes"]), device)
+    try:
+        return script.restore(state["networks"], args, len(state["classes"]), device)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"the weights do not fit the arguments beside them ({str(error).splitlines()[0]})") from None
+
+
+def load_model(path, device: torch.device) -> tuple:
+    """The content of a model.pt and its model, see `restore`; UserError with the path."""
+    state = load_checkpoint(path)
+    try:
+        return state, restore(state, device)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -591,10 +603,10 @@ def use_checkpoint(args, method: str) -> int:
     there already (without --overwrite).
     """
     path = Path(args.evaluate or args.predict[0])
-    state, folder = load_checkpoint(path), Path(args.out) / args.name
-    if state.get("method") != method:
-        raise UserError(f"{path}: a checkpoint of {state.get('method', 'something else')}, not of {method}")
-    predictor = restore(state, find_device(args.device))
+    folder = Path(args.out) / args.name
+    state, predictor = load_model(path, find_device(args.device))
+    if state["method"] != method:
+        raise UserError(f"{path}: a checkpoint of {state['method']}, not of {method}")
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
     (evaluate_checkpoint if args.evaluate else predict_images)(args, state, predictor, folder)

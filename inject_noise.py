@@ -52,11 +52,7 @@ def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int
 
 def machine_labels(index, args) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model predicts for the images: int64 (N,), in the classes of the data set, and valence and arousal (N, 2) or None."""
-    state = common.load_checkpoint(args.from_checkpoint)
-    try:
-        predictor = common.restore(state, common.find_device(args.device))
-    except (UserError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{args.from_checkpoint}: {str(error).splitlines()[0]}") from None
+    state, predictor = common.load_model(args.from_checkpoint, common.find_device(args.device))
     shared = [k for k, name in enumerate(state["classes"]) if name in index.classes]
     if len(shared) < 2:
         raise UserError(f"{args.from_checkpoint}: its classes ({', '.join(state['classes'])}) are not those of --data {args.data} ({', '.join(index.classes)})")

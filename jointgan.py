@@ -322,7 +322,7 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
         loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
         streams = [z.softmax(1) for z in logits] if args.label_stream == "softmax" else logits
 
-        def both_sides():
+        def both_sides(mean, log_variance, streams, prediction):
             """Scores (N, S) of the encoder's and of the decoder's side; y0 and the made faces are drawn anew each time."""
             y0 = mean + (log_variance / 2).exp() * torch.randn_like(mean)
             noise = torch.randn_like(mean)
@@ -334,25 +334,22 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
 
         norms = []
         if adversarial:
-            graph = mean, log_variance, streams, prediction
+            held = mean.detach(), log_variance.detach(), [z.detach() for z in streams], None if prediction is None else prediction.detach()
+            if decoder is not None:
+                decoder.requires_grad_(False)
             for _ in range(args.d_steps):
-                mean, log_variance, streams = mean.detach(), log_variance.detach(), [z.detach() for z in streams]
-                prediction = None if prediction is None else prediction.detach()
                 with parametrize.cached():  # spectral norms are computed once a step
-                    if decoder is not None:
-                        decoder.requires_grad_(False)
-                    s_enc, s_dec = both_sides()
+                    s_enc, s_dec = both_sides(*held)
                 loss_d = discriminator_loss(s_enc, s_dec)
                 optimizers[1].zero_grad()
                 loss_d.backward()
                 optimizers[1].step()
             norms = [gradient_norm(discriminator)]
-            mean, log_variance, streams, prediction = graph
             discriminator.requires_grad_(False)
             if decoder is not None:
                 decoder.requires_grad_(True)
             with parametrize.cached():
-                s_enc, s_dec = both_sides()
+                s_enc, s_dec = both_sides(mean, log_variance, streams, prediction)
             loss_g = generator_loss(s_enc, s_dec)
             discriminator.requires_grad_(True)
         optimizers[0].zero_grad()

@@ -111,5 +111,10 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         assert script.main([*flags, *place(tmp_path)]) == 2
         error = capsys.readouterr().err.strip()
         assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+    state = common.load_checkpoint(model)
+    state["networks"][0].pop("head.weight")
+    common.save_checkpoint(tmp_path / "changed.pt", **state)
+    assert script.main(["--evaluate", str(tmp_path / "changed.pt"), *place(tmp_path)]) == 2
+    assert "changed.pt: the weights do not fit" in capsys.readouterr().err
     assert importlib.import_module("cocuring").main(["--evaluate", str(model), *place(tmp_path)]) == 2
     assert "of scn, not of cocuring" in capsys.readouterr().err
