@@ -41,6 +41,7 @@ def parse_args(argv=None):
     group.add_argument("--va-labels", metavar="FILE", help="valence and arousal to train on, from a file: a name and two numbers a line")
     group.add_argument("--va-noise", type=common.number(float, 0), default=0.0, metavar="SIGMA", help="standard deviation of Gaussian noise on the training valence and arousal (default: %(default)s)")
     group.add_argument("--no-va", dest="va", action="store_false", help="Table 2, single task: expression labels alone")
+    group.add_argument("--no-expression", dest="expression", action="store_false", help="Table 2, single task: valence and arousal alone; the heads of the label sets are linear probes of features that they do not train")
     group.add_argument("--vote", action="store_true", help="Table 1, 'major vote': one label set, the majority of all, ties drawn")
     group.add_argument("--lambda", dest="lam", type=common.number(float, 0), help="weight of the adversarial terms, Eq. 9 (authors' code: 1.0 on RAF, 0.8 on CIFAR-10, 0.4 on AffectNet); 0: no GAN, the VGG baseline")
     group.add_argument("--gamma", type=common.number(float, 0), default=1.0, help="weight of the similarity loss of valence and arousal, Eq. 10 (authors' code: %(default)s)")
@@ -64,6 +65,8 @@ def parse_args(argv=None):
         parser.error(f"--size {args.size}: the decoder doubles from 4 pixels, it needs a power of two from 32 on")
     if args.va_labels and (args.va_noise or not args.va):
         parser.error("--va-labels brings its own noise and is there to be used: neither --va-noise nor --no-va goes with it")
+    if not (args.va or args.expression):
+        parser.error("--no-va --no-expression leaves nothing to learn")
     return args
 
 
@@ -126,10 +129,14 @@ def channels(count: int, width: float) -> int:
 
 
 class Encoder(nn.Module):
-    """G_Y: a VGG-16 trunk, a fully connected layer, and a head for each variable (Eq. 5)."""
+    """G_Y: a VGG-16 trunk, a fully connected layer, and a head for each variable (Eq. 5).
 
-    def __init__(self, size: int, width: float, hidden: int, noise_dim: int, set_classes: list[int], has_va: bool):
+    probe: the heads of the label sets learn, but the features do not learn from them.
+    """
+
+    def __init__(self, size: int, width: float, hidden: int, noise_dim: int, set_classes: list[int], has_va: bool, probe: bool = False):
         super().__init__()
+        self.probe = probe
         layers, c = [], 3
         for entry in VGG16:
             if entry == "pool":
@@ -145,11 +152,12 @@ class Encoder(nn.Module):
         """Images (N, 3, H, W) -> mean and log-variance of y0 (N, noise_dim), logits of each set (N, C), valence and arousal (N, 2)."""
         features = self.trunk(x)
         va = None if self.va is None else self.va(features).tanh().float()
-        return self.mean(features).float(), self.log_variance(features).float(), [head(features).float() for head in self.labels], va
+        seen = features.detach() if self.probe else features
+        return self.mean(features).float(), self.log_variance(features).float(), [head(seen).float() for head in self.labels], va
 
 
 class SelfAttention(nn.Module):
-    """The self-attention layer of SAGAN (H. Zhang et al., 2019), which starts as the identity."""
+    """The self-attention layer of SAGAN (H. Zhang et al., 2019; keys and values pooled as in its code), at first the identity."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -158,8 +166,9 @@ class SelfAttention(nn.Module):
         self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).flatten(2) for part in (self.query, self.key, self.value))  # (N, c', H W)
-        attended = v @ (q.transpose(1, 2) @ k).softmax(2).transpose(1, 2)
+        q = self.query(x).flatten(2).transpose(1, 2)  # (N, H W, c / 8)
+        k, v = (F.max_pool2d(part(x), 2).flatten(2) for part in (self.key, self.value))  # (N, c', H W / 4)
+        attended = ((q @ k).softmax(2) @ v.transpose(1, 2)).transpose(1, 2)
         return x + self.gain * self.out(attended.unflatten(2, x.shape[2:]))
 
 
@@ -272,6 +281,8 @@ def load_label_sets(args) -> tuple:
     if va is not None and args.va_noise:
         noise = torch.randn(va.shape, generator=common.generator_of("va noise", args.noise_seed))
         va = (va + args.va_noise * noise).clamp(-1, 1)
+    if va is None and not args.expression:
+        raise UserError(f"--no-expression: --data {args.data} has no valence and arousal, --va-labels FILE brings them")
     clean = None if all(torch.equal(labels, own) for labels in sets) else own
     return dataclasses.replace(train, labels=sets[0], clean=clean, va=va if args.va else None), test, sets
 
@@ -280,7 +291,8 @@ def make_networks(args, num_classes: int, sets: int, has_va: bool, device) -> tu
     """G_Y, G_X and D; the last two are None where they are not used."""
     torch.manual_seed(common.seed_of("network", 1, args.seed))
     counts, decoder, discriminator = [num_classes] * sets, None, None
-    encoder = Encoder(args.size, args.width, args.hidden, args.noise_dim, counts, has_va)
+    encoder = Encoder(args.size, args.width, args.hidden, args.noise_dim, counts, has_va, probe=not args.expression)
+    counts = counts if args.expression else []  # the GAN matches the labels of the tasks that are learned
     if args.lam:
         discriminator = Discriminator(args.size, args.width, args.noise_dim, counts, has_va, args.joint, args.marginal, args.decoder)
     if args.lam and args.decoder:
@@ -316,11 +328,11 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
         if args.rotate or args.shift or args.zoom:
             images = common.random_affine(images, plan, part, args.rotate, args.shift, args.zoom)
         x, labels, target = face_input(images, args.size), [y[index] for y in sets], None if va is None else va[index]
-        given = [F.one_hot(y, num_classes).float() for y in labels]
+        given = [F.one_hot(y, num_classes).float() for y in labels] if args.expression else []
         with common.autocast(x.device, args.precision):
             mean, log_variance, logits, prediction = encoder(x)
         loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
-        streams = [z.softmax(1) for z in logits] if args.label_stream == "softmax" else logits
+        streams = [z.softmax(1) if args.label_stream == "softmax" else z for z in logits] if args.expression else []
 
         def both_sides(mean, log_variance, streams, prediction):
             """Scores (N, S) of the encoder's and of the decoder's side; y0 and the made faces are drawn anew each time."""
@@ -422,7 +434,7 @@ def make_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets: int
     """uint8 (N, 3, size, size) on the CPU: faces made of latent vectors (N, noise_dim), label vectors (N, C), the same in every set, and va (N, 2)."""
     decoder.eval()
     with common.autocast(y0.device, args.precision):
-        faces = decoder(y0, [labels] * sets, va)
+        faces = decoder(y0, [labels] * sets * args.expression, va)
     return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

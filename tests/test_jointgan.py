@@ -169,6 +169,19 @@ def test_the_baseline_has_no_gan():
     assert decoder is None and "x" not in discriminator.scores
 
 
+def test_valence_and_arousal_alone_learn_nothing_from_the_labels():
+    args = jointgan.parse_args(["--data", "toy", *SMALL, "--no-expression"])
+    encoder, decoder, discriminator = jointgan.make_networks(args, 7, 2, True, torch.device("cpu"))
+    assert discriminator.scores == ["joint", "x", "y0", "va"]
+    assert decoder.layers[0].in_channels == args.noise_dim + 2
+    _, _, logits, va = encoder(torch.randn(4, 3, 32, 32))
+    sum(logits).sum().backward()
+    learning = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    assert learning == {f"labels.{t}.{part}" for t in (0, 1) for part in ("weight", "bias")}
+    va.sum().backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters() if name.startswith("trunk"))
+
+
 def load_sets(tmp_path, *more):
     return jointgan.load_label_sets(jointgan.parse_args(["--data", "toy", "--cache", str(tmp_path), *more]))
 
@@ -225,7 +238,7 @@ def test_a_run_logs_scores_and_makes_faces(tiny, tmp_path):
     assert len(state["networks"]) == 3 and json.dumps(state["args"])
 
 
-@pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--label-stream", "softmax"],
+@pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--no-expression"], ["--no-expression", "--lambda", "0"], ["--label-stream", "softmax"],
                                    ["--vote", "--noise", "0.3", "0.3", "0.3"], ["--rotate", "10", "--shift", "0.1", "--zoom", "0.1"], ["--oversample"]])
 def test_every_ablation_runs(flags, tiny, tmp_path):
     assert jointgan.main([*tiny, *SMALL, *flags, "--epochs", "2", "--out", str(tmp_path), "--name", "run"]) == 0
@@ -240,7 +253,7 @@ def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, words", [
     (["--no-joint", "--no-marginal"], "no score"), (["--size", "48"], "power of two"), (["--size", "16"], "power of two"), (["--noise", "0.2", "1"], "outside"),
     (["--va-labels", "x", "--va-noise", "0.1"], "va-noise"), (["--labels", "a", "--noise", "0.1", "0.2"], "exclude"), (["--backbone", "resnet18"], "backbone"),
-    (["--lambda", "-1"], "outside"), (["--d-steps", "0"], "outside"),
+    (["--no-va", "--no-expression"], "nothing to learn"), (["--lambda", "-1"], "outside"), (["--d-steps", "0"], "outside"),
 ])
 def test_bad_values_are_refused(arguments, words, capsys):
     assert jointgan.main(arguments) == 2
