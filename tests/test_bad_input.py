@@ -101,14 +101,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, method, tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_checkpoint_of_another_method(method, tmp_path, capsys):
-    own = method[0].__name__
-    other = next(name for name in common.METHODS if name != own)
-    common.save_checkpoint(tmp_path / "model.pt", method=other, classes=["a", "b"], args={}, networks=[{}])
-    assert method[1]("--evaluate", "model.pt") == 2
-    assert f"of {other}, not of {own}" in error_line(capsys) and not (tmp_path / "runs").exists()
-
-
 def test_pretrained_weights_of_another_backbone(method, tmp_path, capsys):
     torch.save({"state_dict": {"module.conv1.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     assert method[1]("--pretrained", "other.pth") == 2
