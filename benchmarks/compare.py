@@ -61,6 +61,7 @@ SUITES = {
             NCCTFER,
             Row("NCCTFER, least probable classes", "ncctfer", "--mask least", 2, drawn=False),
             Row("NCCTFER, no negative head", "ncctfer", "--no-negative", 1, drawn=False),
+            Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False),
         ],
     },
     "toy-60": {
