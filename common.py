@@ -345,7 +345,7 @@ def network_input(images: Tensor, size: int, mean=None, std=None) -> Tensor:
 # Device, backbones, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
-METHODS = ("cocuring", "scn", "ncctfer", "jointgan")
+METHODS = ("cocuring", "scn", "ncctfer", "jointgan", "twostage")
 BACKBONES = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 
 

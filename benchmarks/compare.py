@@ -43,6 +43,7 @@ class Row:
 PLAIN = "--lambda-max 0 --no-relabel"
 ONE, TWO = Row("one network (baseline)", "cocuring", f"--networks 1 {PLAIN}", 1), Row("two networks (baseline)", "cocuring", PLAIN, 2)
 COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
+TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
 SUITES = {
     "toy": {
         "title": "Toy faces, 48 px, 40 % symmetric noise",
@@ -62,25 +63,30 @@ SUITES = {
             Row("NCCTFER, least probable classes", "ncctfer", "--mask least", 2, drawn=False),
             Row("NCCTFER, no negative head", "ncctfer", "--no-negative", 1, drawn=False),
             Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False),
+            TWOSTAGE,
+            Row("two-stage cycle, one mixture for all classes", "twostage", "--mixture global", 2, drawn=False),
+            Row("two-stage cycle, labelled samples alone", "twostage", "--no-semi", 1, drawn=False),
+            Row("two-stage cycle, no rebalancing", "twostage", "--rebalance none", 2, drawn=False),
+            Row("two-stage cycle, logit adjustment", "twostage", "--rebalance logits", 2, drawn=False),
         ],
     },
     "toy-60": {
         "title": "Toy faces, 48 px, 60 % symmetric noise",
         "flags": "--data toy --noise 0.6",
         "seeds": (1, 2, 3),
-        "rows": [ONE, NCCTFER],
+        "rows": [ONE, COCURING, SCN, NCCTFER, TWOSTAGE],
     },
     "toy-asymmetric": {
         "title": "Toy faces, 48 px, 40 % asymmetric noise",
         "flags": "--data toy --noise 0.4 --noise-type asymmetric",
         "seeds": (1, 2, 3),
-        "rows": [ONE, NCCTFER],
+        "rows": [ONE, COCURING, SCN, NCCTFER, TWOSTAGE],
     },
     "ferplus": {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": [ONE, TWO, COCURING, SCN, NCCTFER],
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, TWOSTAGE],
     },
 }
 JOINTGAN = [
@@ -104,6 +110,7 @@ SUITES["toy-multitask"] = {
 # Of the last epoch, where the method logs them: what it knows of the noise
 KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_clean", "weight/high", "weight/low",
          "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes",
+         "labelled/share", "labelled/purity", "labelled/recall", "labelled/auc", "pseudo/share", "pseudo/accuracy_above",
          "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/spread")
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
