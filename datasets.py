@@ -220,8 +220,11 @@ def majority(votes: np.ndarray) -> np.ndarray:
     return np.where(wins, winner, -1)
 
 
-def read_ferplus(root: Path, split: str) -> Index:
-    """FERPlus: folders FER2013{Train,Valid,Test} with label.csv, or fer2013.csv with fer2013new.csv."""
+def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, Path]:
+    """Names, votes (N, 10), images and the file of the votes of all images of a split, with a majority or without.
+
+    The votes: neutral, happiness, surprise, sadness, anger, disgust, fear, contempt, unknown, not a face.
+    """
     folder = root / {"train": "FER2013Train", "valid": "FER2013Valid", "test": "FER2013Test"}[split]
     if folder.is_dir():
         table = folder / "label.csv"
@@ -247,10 +250,16 @@ def read_ferplus(root: Path, split: str) -> Index:
     counts = np.array([[as_int(v, table, n) for v in row] for n, _, row in rows]).reshape(-1, 10)
     if (counts < 0).any():
         raise UserError(f"{table}, line {rows[int((counts < 0).any(1).argmax())][0]}: a count of votes is negative")
-    labels = majority(counts)
+    return [name for _, name, _ in rows], counts, sources, table
+
+
+def read_ferplus(root: Path, split: str) -> Index:
+    """FERPlus: folders FER2013{Train,Valid,Test} with label.csv, or fer2013.csv with fer2013new.csv."""
+    names, votes, sources, table = ferplus_votes(root, split)
+    labels = majority(votes)
     kept = np.flatnonzero(labels >= 0).tolist()
-    print(f"FERPlus {split}: {len(kept):,} of {len(rows):,} images have a majority in {table.name}")
-    return Index([rows[i][1] for i in kept], labels[kept].tolist(), FERPLUS_CLASSES, [sources[i] for i in kept])
+    print(f"FERPlus {split}: {len(kept):,} of {len(names):,} images have a majority in {table.name}")
+    return Index([names[i] for i in kept], labels[kept].tolist(), FERPLUS_CLASSES, [sources[i] for i in kept])
 
 
 def csv_rows(path, columns: int) -> list[tuple[int, list[str]]]:

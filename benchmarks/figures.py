@@ -3,6 +3,8 @@
     python benchmarks/figures.py weights CLEAN NOISY CURED   # SCN, Fig. 3: the weights of the same training faces in three runs
     python benchmarks/figures.py gradcam RUN [RUN ...]       # NCCTFER, Fig. 8: where the networks look; green right, red wrong
     python benchmarks/figures.py tsne RUN                    # the features of the test faces in the plane (needs scikit-learn)
+    python benchmarks/figures.py votes RUN                   # FERPlus: the most suspicious labels of a run beside the annotators' votes
+    python benchmarks/figures.py scalar TAG RUN [RUN ...]    # any scalar of metrics.jsonl against the epoch, as loss/cross_entropy
     python benchmarks/figures.py plane RUN --label neutral   # jointgan.py: faces made over the plane of valence and arousal
     python benchmarks/figures.py between RUN happiness anger # jointgan.py: faces made on the way from one class to another
 
@@ -13,9 +15,11 @@
 import argparse
 import csv
 import importlib
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402 - found through the line above
+import datasets  # noqa: E402
 import jointgan  # noqa: E402
 from common import UserError  # noqa: E402
 
@@ -151,6 +156,75 @@ def tsne_figure(folder: Path):
     return figure
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: the correlation of the ranks; not a number where one is constant."""
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def vote_entropy(votes: np.ndarray) -> np.ndarray:
+    """Entropy in nats of each row of vote counts, (N, 10) -> (N,): 0 where all annotators agree."""
+    p = votes / votes.sum(1, keepdims=True).clip(1)
+    return -(p * np.log(p.clip(1e-12))).sum(1)
+
+
+def votes_figure(folder: Path, count: int = 50, columns: int = 10):
+    """The `count` most suspicious labels of a run on FERPlus with the votes for them, and a line of what that says.
+
+    Printed: the rank correlation of suspicion (score in labels.csv) with the annotators' disagreement (entropy of the
+    votes), and the share of votes that the given label has among the first `count` and among all.
+    """
+    try:
+        args = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
+        with open(folder / "labels.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: no args.json and labels.csv of a finished run") from None
+    if args.data != "ferplus":
+        raise UserError(f"{folder}: a run on {args.data}; only ferplus comes with votes")
+    names, votes, sources, _ = datasets.ferplus_votes(Path(args.root), "train")
+    place = {name: i for i, name in enumerate(names)}
+    found = [place[row["name"]] for row in rows]
+    counts, classes = votes[found], list(datasets.FERPLUS_CLASSES)
+    entropy, score = vote_entropy(counts), np.array([float(row["score"]) for row in rows])
+    given = np.array([classes.index(row["given"]) for row in rows])
+    share = counts[np.arange(len(rows)), given] / counts.sum(1)
+    print(f"{folder}, {len(rows):,} images: rank correlation of suspicion with the entropy of the votes {rank_correlation(score, entropy):.3f}")
+    print(f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, {share.mean():.2f} in all; entropy {entropy[:count].mean():.2f} and {entropy.mean():.2f}")
+    captions = []
+    for row, counted in zip(rows[:count], counts):
+        said = [f"{name} {n}" for n, name in sorted(zip(counted.tolist(), [*classes, "unknown", "no face"]), reverse=True) if n][:3]
+        captions.append("\n".join([f"{row['given']} {row['score'][:4]}", *said]))
+    images = np.stack([datasets.decode(sources[i], (48, 48), grey=True) for i in found[:count]])
+    title = f"{folder.name}: the most suspicious labels, given label and score, then the most frequent votes"
+    return common.figure_of_faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
+
+
+def scalar_figure(tag: str, folders: list[Path]):
+    """A scalar of several runs against the epoch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel=tag)
+    for folder in folders:
+        try:
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError):
+            raise UserError(f"{folder}: no metrics.jsonl of a run") from None
+        points = [(line["epoch"], line[tag]) for line in lines if tag in line]
+        if not points:
+            raise UserError(f"{folder}: no {tag} in metrics.jsonl; there are {', '.join(sorted(lines[-1]) if lines else ['no lines'])}")
+        axes.plot(*zip(*points), label=folder.name)
+    axes.legend(fontsize=8)
+    return figure
+
+
 class Maker:
     """The decoder of a run of jointgan.py, and what its faces are made of."""
 
@@ -208,6 +282,13 @@ def main(argv=None) -> int:
         command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write (default: %(default)s)")
         if name != "tsne":
             command.add_argument("--columns", type=common.positive_int, default=14, help="faces in a row (default: %(default)s)")
+    votes = commands.add_parser("votes", help="FERPlus: suspicion beside the votes")
+    votes.add_argument("run", type=Path, help="a run folder of --data ferplus")
+    votes.add_argument("--out", type=Path, default=Path("votes.png"), help="file to write (default: %(default)s)")
+    scalar = commands.add_parser("scalar", help="a scalar against the epoch")
+    scalar.add_argument("tag", help="as in metrics.jsonl")
+    scalar.add_argument("runs", nargs="+", type=Path, help="run folders")
+    scalar.add_argument("--out", type=Path, default=Path("scalar.png"), help="file to write (default: %(default)s)")
     plane = commands.add_parser("plane", help="made faces over valence and arousal")
     between = commands.add_parser("between", help="made faces from one class to another")
     for name, command in (("plane", plane), ("between", between)):
@@ -221,6 +302,10 @@ def main(argv=None) -> int:
         figure = plane_figure(args.run, args.label)
     elif args.command == "between":
         figure = between_figure(args.run, args.first, args.second)
+    elif args.command == "votes":
+        figure = votes_figure(args.run)
+    elif args.command == "scalar":
+        figure = scalar_figure(args.tag, args.runs)
     elif args.command == "weights":
         figure = weights_figure(args.runs, args.columns)
     elif args.command == "gradcam":

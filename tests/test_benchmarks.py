@@ -13,6 +13,7 @@ import jointgan
 import ncctfer
 import scn
 import toyfaces
+from conftest import build_ferplus, build_ferplus_csv
 
 
 def load(name):
@@ -116,6 +117,35 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         pixels = np.asarray(Image.open(out).convert("RGB"))
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
     for command, words in ((["weights", clean, noisy, other], "of ncctfer"), (["weights", cured, noisy, clean], "injected noise"), (["gradcam", str(tmp_path)], "model.pt")):
+        capsys.readouterr()
+        assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
+
+
+def test_rank_correlation_and_entropy_by_hand():
+    from scipy.stats import spearmanr
+
+    a, b = np.array([3.0, 1, 2, 2, 5]), np.array([1.0, 1, 7, 3, 3])
+    assert figures.ranks(a).tolist() == [4, 1, 2.5, 2.5, 5]
+    assert figures.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    votes = np.array([[10, 0, 0], [5, 5, 0], [0, 0, 0]])
+    assert figures.vote_entropy(votes) == pytest.approx([0, np.log(2), 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("build", [build_ferplus, build_ferplus_csv])
+def test_suspicion_is_shown_beside_the_votes(build, tiny, tmp_path, capsys):
+    root = build(tmp_path / "ferplus")
+    place = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    assert cocuring.main([*tiny, "--data", "ferplus", "--root", str(root), "--noise", "0", "--epochs", "1", *place, "--name", "run"]) == 0
+    assert cocuring.main([*tiny, "--epochs", "1", *place, "--name", "toy"]) == 0
+    out = tmp_path / "votes.png"
+    assert figures.main(["votes", str(tmp_path / "run"), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "24 images: rank correlation" in said and "0.80 in all" in said  # eight of ten votes, see conftest.votes_for
+    assert min(np.asarray(Image.open(out)).shape[:2]) > 100
+    assert figures.main(["scalar", "accuracy/train", str(tmp_path / "run"), str(tmp_path / "toy"), "--out", str(out)]) == 0
+    for command, words in ((["votes", str(tmp_path / "toy")], "a run on toy"), (["votes", str(tmp_path)], "labels.csv"),
+                           (["scalar", "no/tag", str(tmp_path / "run")], "no/tag"), (["scalar", "x", str(tmp_path)], "metrics.jsonl")):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
