@@ -641,7 +641,8 @@ def predict_images(args, state: dict, predictor, folder: Path) -> None:
     paths = []
     for given in map(Path, args.predict[1:]):
         if given.is_dir():
-            paths += [p for p in sorted(given.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            found = [p for p in sorted(given.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            paths += [p for p in found if p.name != "faces.png" or not p.with_suffix(".csv").exists()]  # the sheet of align_faces.py
         else:
             paths.append(given)  # whatever its suffix: a file that is no image is an error
     if not paths:

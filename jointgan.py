@@ -51,7 +51,7 @@ def parse_args(argv=None):
     group.add_argument("--no-joint", dest="joint", action="store_false", help="Table 3, w/o joint: no joint score")
     group.add_argument("--no-marginal", dest="marginal", action="store_false", help="Table 3, w/o marginal: the joint score alone")
     group.add_argument("--no-decoder", dest="decoder", action="store_false", help="Table 3, w/o G_X: (x, predictions) against (x, noise, noisy labels)")
-    group.add_argument("--label-stream", choices=("logits", "softmax"), default="logits", help="what the label streams get of the encoder's predictions (authors' code: %(default)s)")
+    group.add_argument("--label-stream", choices=("logits", "softmax", "sample"), default="logits", help="what the label streams get of the encoder's predictions: logits (authors' code, the default), probabilities, or a class drawn from them, one-hot as the decoder's labels are (ours)")
     group.add_argument("--noise-dim", type=common.positive_int, default=100, help="length of y0 (authors' code: %(default)s)")
     group.add_argument("--hidden", type=common.positive_int, help="width of the encoder's fully connected layer (authors' code: 500; 512 on CIFAR-10)")
     group.add_argument("--width", type=common.number(float, 0, open_low=True), help="factor on the channels of all three networks (paper: 1)")
@@ -310,6 +310,13 @@ def face_input(images: Tensor, size: int) -> Tensor:
     return common.network_input(images, size, (0.5,) * 3, (0.5,) * 3)
 
 
+def label_stream(logits: Tensor, kind: str) -> Tensor:
+    """What the discriminator sees of the predictions of a label set, (N, C)."""
+    if kind == "sample":  # one-hot forwards, the gradient of the relaxed sample backwards (Jang et al., 2017)
+        return F.gumbel_softmax(logits, hard=True)
+    return logits.softmax(1) if kind == "softmax" else logits
+
+
 def gradient_norm(network: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
@@ -333,7 +340,7 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
         with common.autocast(x.device, args.precision):
             mean, log_variance, logits, prediction = encoder(x)
         loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
-        streams = [z.softmax(1) if args.label_stream == "softmax" else z for z in logits] if args.expression else []
+        streams = [label_stream(z, args.label_stream) for z in logits] if args.expression else []
 
         def both_sides(mean, log_variance, streams, prediction):
             """Scores (N, S) of the encoder's and of the decoder's side; y0 and the made faces are drawn anew each time."""
