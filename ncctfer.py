@@ -26,7 +26,7 @@ from common import UserError
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
 # "pretrained" is the paper's, Sec. 4.2; the others are ours: the rates of scn.py (docs/ncctfer.md).
 PRESETS = {
-    "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=12),
+    "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=20),
     "scratch ferplus": dict(size=48),
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=4),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=5),
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("NCCTFER")
     group.add_argument("--k", type=common.number(int, 1), default=4, help="classes in the consistency loss, Eq. 4 (paper, Sec. 4.4: %(default)s)")
     group.add_argument("--mask", choices=("most", "least"), default="most", help="which k classes of the negative head: the most probable (paper, Sec. 3.2, the default) or the least (paper, Sec. 1, and official code)")
-    group.add_argument("--warm-up", type=common.number(int, 1), help="E_warm: earlier epochs than this one supervise all samples, without consistency (official code: 5; ours from scratch on real faces: 12)")
+    group.add_argument("--warm-up", type=common.number(int, 1), help="E_warm: earlier epochs than this one supervise all samples, without consistency (official code: 5; ours from scratch on real faces: 20)")
     group.add_argument("--no-threshold", dest="threshold", action="store_false", help="Table 5: all samples are confident; with --no-negative the baseline")
     group.add_argument("--no-negative", dest="negative", action="store_false", help="Table 5, Baseline+pc: confident samples only")
     group.add_argument("--single-head", action="store_true", help="Table 1: consistency on the positive head, by default on its k least probable classes")
