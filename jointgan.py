@@ -27,9 +27,9 @@ from common import UserError
 # Used where no flag says otherwise: "scratch", then "scratch <data set>" on top of it.
 # Sizes, rates, lambda and the first adversarial epoch are those of the authors' code; epochs and the toy sizes are ours.
 PRESETS = {
-    "scratch": dict(size=64, width=1.0, hidden=500, epochs=40, batch_size=128, lr=1e-4, beta1=0.9, lam=1.0, adversarial_from=7, rotate=10.0, shift=0.1, zoom=0.1),
+    "scratch": dict(size=64, width=1.0, hidden=500, epochs=40, batch_size=128, lr=1e-4, beta1=0.9, noise_dim=100, lam=1.0, adversarial_from=7, rotate=10.0, shift=0.1, zoom=0.1),
     "scratch cifar10": dict(size=32, hidden=512, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.1, zoom=0.0),
-    "scratch toy": dict(size=32, width=0.25, hidden=128, epochs=30, batch_size=64, lr=5e-4, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.0, zoom=0.0),
+    "scratch toy": dict(size=32, width=0.25, hidden=128, epochs=24, batch_size=32, lr=5e-4, beta1=0.5, noise_dim=16, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.0, zoom=0.0),
 }
 
 
@@ -51,8 +51,8 @@ def parse_args(argv=None):
     group.add_argument("--no-joint", dest="joint", action="store_false", help="Table 3, w/o joint: no joint score")
     group.add_argument("--no-marginal", dest="marginal", action="store_false", help="Table 3, w/o marginal: the joint score alone")
     group.add_argument("--no-decoder", dest="decoder", action="store_false", help="Table 3, w/o G_X: (x, predictions) against (x, noise, noisy labels)")
-    group.add_argument("--label-stream", choices=("logits", "softmax", "sample"), default="logits", help="what the label streams get of the encoder's predictions: logits (authors' code, the default), probabilities, or a class drawn from them, one-hot as the decoder's labels are (ours)")
-    group.add_argument("--noise-dim", type=common.positive_int, default=100, help="length of y0 (authors' code: %(default)s)")
+    group.add_argument("--label-stream", choices=("logits", "softmax"), default="logits", help="what the label streams get of the encoder's predictions (authors' code: %(default)s)")
+    group.add_argument("--noise-dim", type=common.positive_int, help="length of y0 (authors' code: 100; ours on toy: 16)")
     group.add_argument("--hidden", type=common.positive_int, help="width of the encoder's fully connected layer (authors' code: 500; 512 on CIFAR-10)")
     group.add_argument("--width", type=common.number(float, 0, open_low=True), help="factor on the channels of all three networks (paper: 1)")
     group.add_argument("--rotate", type=common.number(float, 0, 180), help="random rotation, +- degrees (authors' code: 10)")
@@ -310,13 +310,6 @@ def face_input(images: Tensor, size: int) -> Tensor:
     return common.network_input(images, size, (0.5,) * 3, (0.5,) * 3)
 
 
-def label_stream(logits: Tensor, kind: str) -> Tensor:
-    """What the discriminator sees of the predictions of a label set, (N, C)."""
-    if kind == "sample":  # one-hot forwards, the gradient of the relaxed sample backwards (Jang et al., 2017)
-        return F.gumbel_softmax(logits, hard=True)
-    return logits.softmax(1) if kind == "softmax" else logits
-
-
 def gradient_norm(network: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
@@ -340,7 +333,7 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
         with common.autocast(x.device, args.precision):
             mean, log_variance, logits, prediction = encoder(x)
         loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
-        streams = [label_stream(z, args.label_stream) for z in logits] if args.expression else []
+        streams = [z.softmax(1) if args.label_stream == "softmax" else z for z in logits] if args.expression else []
 
         def both_sides(mean, log_variance, streams, prediction):
             """Scores (N, S) of the encoder's and of the decoder's side; y0 and the made faces are drawn anew each time."""
