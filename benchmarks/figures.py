@@ -199,10 +199,10 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     print(f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, {share.mean():.2f} in all; entropy {entropy[:count].mean():.2f} and {entropy.mean():.2f}")
     captions = []
     for row, counted in zip(rows[:count], counts):
-        said = [f"{name} {n}" for n, name in sorted(zip(counted.tolist(), [*classes, "unknown", "no face"]), reverse=True) if n][:3]
-        captions.append("\n".join([f"{row['given']} {row['score'][:4]}", *said]))
+        said = sorted(zip(counted.tolist(), [*classes, "unknown", "no face"]), reverse=True)[:2]
+        captions.append(f"{row['given']} {row['score'][:4]}\n" + ", ".join(f"{name} {n}" for n, name in said if n))
     images = np.stack([datasets.decode(sources[i], (48, 48), grey=True) for i in found[:count]])
-    title = f"{folder.name}: the most suspicious labels, given label and score, then the most frequent votes"
+    title = f"{folder.name}: the most suspicious labels, given label and score, then the two most frequent votes"
     return common.figure_of_faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
 
 
