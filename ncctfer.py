@@ -25,7 +25,8 @@ import common
 from common import UserError
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
-# "pretrained" is the paper's, Sec. 4.2; the others are ours: the rates of scn.py (docs/ncctfer.md).
+# "pretrained" is the paper's, Sec. 4.2; the others are ours: the rates of scn.py, E_warm by the validation splits of toy
+# and FERPlus, where no value that we tried holds (docs/ncctfer.md).
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=20),
     "scratch ferplus": dict(size=48),

@@ -25,7 +25,7 @@ import common
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
 # "pretrained" is the paper's, Sec. 3.5, with the rate scaled to the batch (0.1 for 1024); the others are ours, chosen
-# on toy's validation split and carried over elsewhere (docs/scn.md).
+# on the validation splits of toy and FERPlus (docs/scn.md).
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, optimizer="adam", lr=1e-3, head_lr=1e-3, relabel_from=20, crop=8),
     "scratch ferplus": dict(size=48, crop=4),
