@@ -405,8 +405,8 @@ def load_pretrained(model: nn.Module, path) -> int:
         raise UserError(f"{path}: a pickle cannot be loaded safely; convert it once, where you trust it: "
                         "torch.save({k: torch.from_numpy(v) for k, v in pickle.load(open(f, 'rb'), encoding='latin1').items()}, 'weights.pth')")
     state = load_checkpoint(path)
-    if isinstance(state.get("networks"), list):
-        state = state["networks"][0]
+    if isinstance(state.get("networks"), list):  # heads have other names in every method
+        state = {key: value for key, value in state["networks"][0].items() if key.startswith("backbone.")}
     state = state.get("state_dict", state)
     heads = ("fc.", "feature.", "head.", "classifier.")
     found = {}

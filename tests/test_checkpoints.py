@@ -61,6 +61,22 @@ def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, capsys)
     assert record["accuracy/test"] == pytest.approx(right) and tuple(record["classes"]) == test.classes != tuple(names)
 
 
+@pytest.mark.parametrize("method", common.METHODS)
+def test_another_method_starts_from_the_backbone(method, trained, tmp_path, capsys):
+    _, model = trained(method)
+    weights = common.load_checkpoint(model)["networks"][0]
+    capsys.readouterr()
+    flags = ["--data", "toy", "--pretrained", str(model), "--size", "32", "--batch-size", "12", "--epochs", "1", "--lr", "1e-12", "--out", str(tmp_path), "--name", "next"]
+    status = importlib.import_module("scn").main(flags)
+    said = capsys.readouterr()
+    if method == "jointgan":  # a VGG of its own
+        assert status == 2 and "another backbone" in said.err and not (tmp_path / "next").exists()
+        return
+    assert status == 0 and f"{sum(key.startswith('backbone.') for key in weights)} tensors" in said.out
+    after = common.load_checkpoint(tmp_path / "next" / "model.pt")["networks"][0]
+    assert all(torch.equal(after[key], value) for key, value in weights.items() if key.startswith("backbone.conv"))
+
+
 def test_the_validation_split_has_a_folder_of_its_own(trained, tmp_path):
     script, model = trained("scn")
     root = build_raf(tmp_path / "raf")
