@@ -9,7 +9,7 @@ rates admit the pseudo-labels of rare classes first. A cycle is an epoch.
     python twostage.py --data toy --noise 0.4 --no-detect --no-semi     # the baseline: all labels, nothing else
     python twostage.py --data affectnet --root data/affectnet --pretrained resnet18_msceleb.pth
 
-Not measured yet (docs/twostage.md).
+Measured (docs/twostage.md): toy, 60 % noise, 3 seeds, CPU: last5 93.7 +- 4.5 % against 76.1 +- 13.2 % for one plain network.
 """
 
 import sys
