@@ -396,7 +396,7 @@ def make_backbone(args) -> tuple[nn.Module, int]:
 def load_pretrained(model: nn.Module, path) -> int:
     """Load the backbone of a checkpoint into `model`; returns the number of tensors loaded.
 
-    Read are plain torchvision state dicts, {'state_dict': ...} and this project's model.pt (its first network); the
+    Read are plain torchvision state dicts, {'state_dict': ...} and this project's model.pt (backbone of its first network); the
     prefixes "module." and "backbone." are stripped, classification layers dropped. Every backbone tensor of the model
     must be there in its shape, and none may be left over: otherwise UserError, which lists both key sets.
     """
