@@ -12,6 +12,7 @@ rates admit the pseudo-labels of rare classes first. A cycle is an epoch.
 Measured (docs/twostage.md): toy, 60 % noise, 3 seeds, CPU: last5 93.7 +- 4.5 % against 76.1 +- 13.2 % for one plain network.
 """
 
+import math
 import sys
 import time
 
@@ -118,7 +119,7 @@ def labelled_set(probability: Tensor, losses: Tensor, labels: Tensor, above: flo
 
 
 def class_margins(probs: Tensor, labels: Tensor, num_classes: int, scale: float) -> Tensor:
-    """Ada-CM, Sec. 3.2: (C,), mean top probability of the rightly classified labelled samples of each class, times scale.
+    """Ada-CM, adaptive confidence margin: (C,), mean top probability of the rightly classified labelled samples of each class, times scale.
 
     probs: (N, C), softmax outputs. labels: int64 (N,). At least 0.8, and 0.8 for a class without any such sample.
     """
@@ -130,7 +131,7 @@ def class_margins(probs: Tensor, labels: Tensor, num_classes: int, scale: float)
 
 
 def rebalanced_rates(class_counts: Tensor, alpha: float = 1 / 3) -> Tensor:
-    """CReST, Sec. 3.2: (C,), share of the pseudo-labels of each class to admit, mu_l = (N_{L+1-l} / N_1)^alpha.
+    """CReST, class-rebalanced sampling: (C,), share of the pseudo-labels of each class to admit, mu_l = (N_{L+1-l} / N_1)^alpha.
 
     class_counts: (C,) of the labelled set; classes are ordered by count, N_1 the largest: the rarest class gets 1.
     """
@@ -150,13 +151,13 @@ def admitted_set(probs: Tensor, rates: Tensor) -> Tensor:
     admitted = torch.zeros(len(probs), dtype=torch.bool, device=probs.device)
     for c, rate in enumerate(rates.tolist()):
         members = (predicted == c).nonzero()[:, 0]
-        count = min(len(members), int(torch.tensor(rate * len(members)).sub(1e-4).ceil()))
+        count = min(len(members), math.ceil(rate * len(members) - 1e-4))
         admitted[members[top[members].argsort(descending=True, stable=True)[:count]]] = True
     return admitted
 
 
 def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: Tensor | None = None) -> Tensor:
-    """Cross-entropy, sum over the labelled samples divided by the batch size N.
+    """Supervised loss of FixMatch: cross-entropy, sum over the labelled samples divided by the batch size N.
 
     logits: (N, C). labels: int64 (N,). labelled: bool (N,). log_shares: (C,), added to the logits (logit adjustment).
     """
@@ -166,11 +167,13 @@ def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: 
 
 
 def unlabelled_losses(weak_logits: Tensor, strong_logits: Tensor, margins: Tensor, admitted: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 2 without labels: cross-entropy of the strong view on confident pseudo-labels, consistency of all others.
+    """Stage 2 without labels (FixMatch with Ada-CM's margins): pseudo-labels where confident, consistency elsewhere.
+
+    l_u = 1/N sum over confident and admitted samples of - log p_s[argmax p_w]; l_c = 1/N sum over the others of |p_s - p_w|^2.
 
     weak_logits, strong_logits: (U, C), of the unlabelled samples; the weak view is a target without gradient. margins:
     (C,), of the pseudo-label's class. admitted: bool (U,). batch: the batch size N that both sums are divided by.
-    Returns the cross-entropy, the squared difference of the softmax outputs, and bool (U,): what has a pseudo-label.
+    Returns l_u, l_c and bool (U,): what has a pseudo-label.
     """
     p_w = weak_logits.detach().softmax(1)
     top, pseudo = p_w.max(1)
@@ -224,7 +227,7 @@ class Division:
         if args.detect and epoch > args.warm_up:
             self.clean = clean_probability(self.losses, given if args.mixture == "class" else None)
         self.labelled = labelled_set(self.clean, self.losses, given, args.clean_above)
-        scale = args.margin_scale / (1 + torch.tensor(-float(epoch)).exp().item())  # Ada-CM, Sec. 3.2
+        scale = args.margin_scale / (1 + math.exp(-epoch))  # Ada-CM: grows with the epochs
         self.margins = class_margins(probs[self.labelled], given[self.labelled], classes, scale)
         counts = torch.bincount(given[self.labelled], minlength=classes)
         self.rates = rebalanced_rates(counts, args.alpha).to(probs.device) if args.rebalance == "rates" else torch.ones(classes, device=probs.device)
@@ -325,8 +328,10 @@ def figure_of_mixtures(division: Division, given: Tensor, clean: Tensor | None, 
         if len(losses) < 2 or losses.max() == losses.min():
             continue
         low, span = losses.min(), losses.max() - losses.min()
-        parts = {"label kept" if clean is None else "right": losses} if clean is None else {
-            "right": losses[(given == clean)[of_class].cpu()], "wrong": losses[(given != clean)[of_class].cpu()]}
+        parts = {"all labels": losses}
+        if clean is not None:
+            right = (given == clean)[of_class].cpu()
+            parts = {"right": losses[right], "wrong": losses[~right]}
         axes.hist([part.numpy() for part in parts.values()], 40, stacked=True, density=True, color=["tab:blue", "tab:red"][: len(parts)], label=list(parts))
         x = torch.linspace(0, 1, 300, dtype=torch.float64)
         for weight, mean, variance in zip(*fit_mixture((losses - low) / span)):
