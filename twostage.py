@@ -41,6 +41,7 @@ def parse_args(argv=None):
     common.add_training_args(parser)
     group = parser.add_argument_group("two-stage cycle")
     group.add_argument("--warm-up", type=common.number(int, 0), help="epochs of plain training on all labels before the first cycle (DivideMix: 10, 30 for 100 classes; ours)")
+    group.add_argument("--detect-by", choices=("mae", "ce"), default="mae", help="loss that the mixtures are fitted to: mean absolute error 1 - p (ours: bounded, no outliers), or cross-entropy -log p (DivideMix)")
     group.add_argument("--mixture", choices=("class", "global"), default="class", help="mixtures per class (ours: a global one takes rare classes for noise), or one for all (DivideMix)")
     group.add_argument("--clean-above", type=common.number(float, 0, 1, open_high=True), default=0.5, help="a label is kept if its clean probability exceeds this (DivideMix: %(default)s)")
     group.add_argument("--margin-scale", type=common.number(float, 0, 1), default=0.97, help="of the confidence margins, times 1 / (1 + e^-epoch) (Ada-CM: %(default)s)")
@@ -103,6 +104,18 @@ def clean_probability(losses: Tensor, labels: Tensor | None = None) -> Tensor:
     scaled = losses.double()
     scaled = (scaled - scaled.min()) / (scaled.max() - scaled.min())
     return mixture_posterior(scaled, *fit_mixture(scaled))[0].to(losses.dtype)
+
+
+def detection_losses(probs: Tensor, labels: Tensor, kind: str = "mae") -> Tensor:
+    """What the mixtures are fitted to, (N,): "ce", the cross-entropy -log p_y (DivideMix), or "mae", 1 - p_y (ours).
+
+    1 - p_y is half of the mean absolute error |p - e_y|_1. Cross-entropy has no upper bound: a confident network gives wrong
+    labels losses from 2 to 18, and two Gaussians then split the wrong labels in two rather than the right from the wrong.
+
+    probs: (N, C), softmax outputs. labels: int64 (N,).
+    """
+    p = probs.gather(1, labels[:, None])[:, 0]
+    return 1 - p if kind == "mae" else -p.clamp(min=1e-8).log()
 
 
 def labelled_set(probability: Tensor, losses: Tensor, labels: Tensor, above: float = 0.5) -> Tensor:
@@ -222,7 +235,7 @@ class Division:
 
     def __init__(self, probs: Tensor, given: Tensor, epoch: int, args):
         classes = probs.shape[1]
-        self.losses = F.nll_loss(probs.clamp(min=1e-8).log(), given, reduction="none")
+        self.losses = detection_losses(probs, given, args.detect_by)
         self.clean = torch.ones_like(self.losses)  # w of DivideMix, (N,)
         if args.detect and epoch > args.warm_up:
             self.clean = clean_probability(self.losses, given if args.mixture == "class" else None)

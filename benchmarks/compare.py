@@ -45,6 +45,14 @@ ONE, TWO = Row("one network (baseline)", "cocuring", f"--networks 1 {PLAIN}", 1)
 COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
 NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
+TWOSTAGE_PARTS = [
+    Row("two-stage cycle, mixtures of cross-entropies", "twostage", "--detect-by ce", 2, drawn=False),
+    Row("two-stage cycle, one mixture for all classes", "twostage", "--mixture global", 2, drawn=False),
+    Row("two-stage cycle, labelled samples alone", "twostage", "--no-semi", 1, drawn=False),
+    Row("two-stage cycle, no detection", "twostage", "--no-detect", 1, drawn=False),
+    Row("two-stage cycle, no rebalancing", "twostage", "--rebalance none", 2, drawn=False),
+    Row("two-stage cycle, logit adjustment", "twostage", "--rebalance logits", 2, drawn=False),
+]
 SUITES = {
     "toy": {
         "title": "Toy faces, 48 px, 40 % symmetric noise",
@@ -65,17 +73,13 @@ SUITES = {
             Row("NCCTFER, no negative head", "ncctfer", "--no-negative", 1, drawn=False),
             NCCTFER_BASELINE,
             TWOSTAGE,
-            Row("two-stage cycle, one mixture for all classes", "twostage", "--mixture global", 2, drawn=False),
-            Row("two-stage cycle, labelled samples alone", "twostage", "--no-semi", 1, drawn=False),
-            Row("two-stage cycle, no rebalancing", "twostage", "--rebalance none", 2, drawn=False),
-            Row("two-stage cycle, logit adjustment", "twostage", "--rebalance logits", 2, drawn=False),
         ],
     },
     "toy-60": {
         "title": "Toy faces, 48 px, 60 % symmetric noise",
         "flags": "--data toy --noise 0.6",
         "seeds": (1, 2, 3),
-        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BASELINE, TWOSTAGE],
+        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BASELINE, TWOSTAGE, *TWOSTAGE_PARTS],
     },
     "toy-asymmetric": {
         "title": "Toy faces, 48 px, 40 % asymmetric noise",

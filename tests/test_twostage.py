@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import toyfaces
 import twostage
-from twostage import admitted_set, class_margins, clean_probability, fit_mixture, labelled_loss, labelled_set, rebalanced_rates, unlabelled_losses
+from twostage import admitted_set, class_margins, clean_probability, detection_losses, fit_mixture, labelled_loss, labelled_set, rebalanced_rates, unlabelled_losses
 
 # clean_probability (DivideMix)
 
@@ -37,6 +37,21 @@ def test_the_mixture_is_that_of_scikit_learn(seed):
     got = clean_probability(losses)
     np.testing.assert_allclose(got, model.predict_proba(scaled[:, None].numpy())[:, order[0]], atol=0.02)
     assert ((got > 0.5) == low).float().mean() > 0.97
+
+
+def test_detection_losses_by_hand():
+    probs, labels = torch.tensor([[0.25, 0.75], [1.0, 0.0]]), torch.tensor([1, 1])
+    assert detection_losses(probs, labels).tolist() == [0.25, 1.0]
+    assert (probs - torch.eye(2)[labels]).abs().sum(1).tolist() == [2 * loss for loss in (0.25, 1.0)]  # the mean absolute error, halved
+    assert detection_losses(probs, labels, "ce").tolist() == pytest.approx([-math.log(0.75), -math.log(1e-8)])
+
+
+def test_outliers_among_wrong_labels_split_the_mixture_of_cross_entropies_only():
+    """Of 100 wrong labels 20 have a loss of 6 to 10: with cross-entropy the mixture sets these apart, and calls the rest clean."""
+    cross_entropy = torch.cat([torch.linspace(0.1, 0.7, 100), torch.linspace(1.8, 2.6, 80), torch.linspace(6, 10, 20)])
+    right = torch.arange(200) < 100
+    assert (clean_probability(cross_entropy) > 0.5).sum() == 180
+    assert torch.equal(clean_probability(1 - (-cross_entropy).exp()) > 0.5, right)
 
 
 @pytest.mark.parametrize("losses", [[], [1.0], [0.7, 0.7, 0.7], [0.0, 0.0]])
@@ -165,6 +180,7 @@ def test_ablations_are_told_apart(tiny, tmp_path):
     assert all(line["loss/pseudo"] == line["loss/consistency"] == 0 for line in labelled + undetected + baseline)
     assert labelled[1]["labelled/share"] == whole[1]["labelled/share"] < 1
     none, logits, one = run(tiny, tmp_path, "--rebalance", "none"), run(tiny, tmp_path, "--rebalance", "logits"), run(tiny, tmp_path, "--mixture", "global")
+    assert run(tiny, tmp_path, "--detect-by", "ce")[1]["labelled/auc"] != whole[1]["labelled/auc"]
     assert all(line["weight/rate/neutral"] == 1 for line in none + logits) and whole[1]["weight/rate/happiness"] < 1
     assert logits[1]["loss/labelled"] != none[1]["loss/labelled"] and one[1]["labelled/share"] != whole[1]["labelled/share"]
 
@@ -191,7 +207,7 @@ def test_batches_of_two_and_three_run(size, tiny, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--warm-up", "-1"], "warm-up"), (["--ema", "1"], "ema"), (["--clean-above", "1"], "clean-above"), (["--rebalance", "some"], "rebalance"),
-    (["--mixture", "some"], "mixture"), (["--alpha", "-1"], "alpha"), (["--margin-scale", "2"], "margin-scale"),
+    (["--mixture", "some"], "mixture"), (["--detect-by", "some"], "detect-by"), (["--alpha", "-1"], "alpha"), (["--margin-scale", "2"], "margin-scale"),
 ])
 def test_bad_values_are_refused(arguments, words, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
