@@ -96,12 +96,15 @@ SUITES = {
 }
 JOINTGAN = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
+    Row("VGG, clean labels", "jointgan", "--lambda 0 --noise 0 --va-noise 0", 1, drawn=False),
     Row("VGG, majority vote", "jointgan", "--lambda 0 --vote", 1, drawn=False),
     Row("VGG, expression alone", "jointgan", "--lambda 0 --no-va", 1, drawn=False),
     Row("VGG, valence-arousal alone", "jointgan", "--lambda 0 --no-expression", 1, drawn=False),
     Row("joint-distribution GAN", "jointgan", "", 1),
     Row("GAN, expression alone", "jointgan", "--no-va", 1, drawn=False),
     Row("GAN, valence-arousal alone", "jointgan", "--no-expression", 1, drawn=False),
+    Row("GAN, the paper's scores alone", "jointgan", "--no-pairs", 1),
+    Row("GAN, softmax label streams", "jointgan", "--label-stream softmax", 1, drawn=False),
     Row("GAN, no joint score", "jointgan", "--no-joint", 1),
     Row("GAN, no marginal scores", "jointgan", "--no-marginal", 1),
     Row("GAN, no decoder", "jointgan", "--no-decoder", 1),
@@ -117,6 +120,7 @@ KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_c
          "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes",
          "labelled/share", "labelled/purity", "labelled/recall", "labelled/auc", "pseudo/share", "pseudo/accuracy_above",
          "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/spread")
+NAMES = {"accuracy/test_mean_class": "class mean", "ccc/last5": "CCC, last5"}
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
 
@@ -186,6 +190,8 @@ def run_one(suite: str, row: Row, seed: int, args) -> None:
         if tag in last:
             numbers[tag] = round(last[tag], 6)
     if row.script == "jointgan":
+        concordance = [line[tag] for line in history[-5:] for tag in ("va/ccc_valence", "va/ccc_arousal") if tag in line]
+        numbers |= {"ccc/last5": round(statistics.mean(concordance), 6)} if concordance else {}
         numbers |= score_faces(folder, args)
     content = {
         "row": row.name, "command": f"python {row.script}.py {' '.join(flags)}", "seed": seed, "passes": row.passes, **numbers,
@@ -219,20 +225,21 @@ def write_docs() -> None:
     """docs/results.md and a figure of the curves for each suite, from the records alone."""
     from matplotlib.figure import Figure
 
-    keys = ("best", "last5", "final", "accuracy/test_mean_class")
+    keys = ("best", "last5", "final", "accuracy/test_mean_class", "ccc/last5")
     text = ["# Results", "",
             "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on the test set as in",
-            "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean is that of the last one.",
+            "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean is that of the last one; CCC the mean of both dimensions.",
             "`passes`: forward-backward passes that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`."]
     for suite, what in SUITES.items():
         rows = records(suite)
         if not rows:
             continue
-        text += ["", f"## {what['title']}", "",
-                 "| | seeds | best | last5 | final | class mean | passes | minutes |", "|---|---|---|---|---|---|---|---|"]
+        shown = [key for key in keys if any(key in run for _, runs in rows for run in runs)]
+        head = ["", "seeds", *(NAMES.get(key, key) for key in shown), "passes", "minutes", "s an epoch"]
+        text += ["", f"## {what['title']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row, runs in rows:
-            minutes = statistics.mean(run["seconds"] for run in runs) / 60
-            text.append(f"| {row.name} | {len(runs)} | " + " | ".join(cell(runs, key) for key in keys) + f" | {row.passes} | {minutes:.1f} |")
+            seconds, epochs = (statistics.mean(values) for values in zip(*((run["seconds"], len(run["curve"])) for run in runs)))
+            text.append(f"| {row.name} | {len(runs)} | " + " | ".join(cell(runs, key) for key in shown) + f" | {row.passes} | {seconds / 60:.1f} | {seconds / epochs:.0f} |")
         tags = [tag for tag in KNOWN if any(tag in run for _, runs in rows for run in runs)]
         text += ["", "What the methods know of the noise, and what else they log; last epoch, per cent (`negative/classes`, `loss/cross_entropy`: as they are):", "",
                  "| | " + " | ".join(tags) + " |", "|---" * (len(tags) + 1) + "|"]

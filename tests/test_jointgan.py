@@ -10,7 +10,7 @@ from torch import nn
 import common
 import jointgan
 from conftest import check_resume, lines
-from jointgan import Decoder, Discriminator, Encoder, ccc, discriminator_loss, generator_loss, majority_vote, multitask_loss
+from jointgan import IMAGE_GAIN, Decoder, Discriminator, Encoder, ccc, discriminator_loss, generator_loss, majority_vote, multitask_loss
 
 SMALL = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]
 
@@ -76,7 +76,7 @@ def test_every_stream_has_its_shape(size, has_va):
     made = decoder(mean, logits, va)
     assert made.shape == x.shape and made.abs().max() <= 1
     scores = discriminator(made, mean, logits, va)
-    assert discriminator.scores == ["joint", "x", "y0", "y1", "y2", "y3"] + ["va"] * has_va
+    assert discriminator.scores == ["joint", "x-y1", "x-y2", "x-y3"] + ["x-va"] * has_va + ["x", "y0", "y1", "y2", "y3"] + ["va"] * has_va
     assert scores.shape == (n, len(discriminator.scores)) and scores.dtype == torch.float32
 
 
@@ -85,8 +85,22 @@ def test_ablations_drop_their_scores():
         return Discriminator(32, 0.02, 4, [7], True, **flags).scores
 
     assert scores(joint=False) == ["x", "y0", "y1", "va"]
-    assert scores(marginal=False) == ["joint"]
-    assert scores(image_score=False) == ["joint", "y0", "y1", "va"]
+    assert scores(marginal=False) == ["joint", "x-y1", "x-va"]
+    assert scores(image_score=False) == ["joint", "x-y1", "x-va", "y0", "y1", "va"]
+    assert scores(pairs=False) == ["joint", "x", "y0", "y1", "va"]
+
+
+def test_a_pair_score_is_the_product_of_centred_features():
+    torch.manual_seed(1)
+    network = Discriminator(32, 0.02, 4, [7], False, marginal=False).eval()
+    x, y0, labels = torch.randn(6, 3, 32, 32), torch.randn(6, 4), torch.eye(7)[:6]
+    image = network.image_features(network.image(IMAGE_GAIN * x).sum((2, 3)))
+    label = network.vectors[1](labels)
+    expected = [sum((image[i] - image.mean(0)) * (label[i] - label.mean(0))).item() for i in range(6)]
+    assert network(x, y0, [labels], None)[:, 1].tolist() == pytest.approx(expected, abs=1e-5)
+    assert sum(expected) / 6 == pytest.approx(torch.cov(torch.cat([image, label], 1).T, correction=0)[: image.shape[1], image.shape[1] :].trace().item(), abs=1e-5)
+    same = network(x, y0, [labels[:1].repeat(6, 1)], None)[:, 1]  # neither the images alone nor the labels alone make a score
+    assert same.abs().max() < 1e-6 and network(x[:1].repeat(6, 1, 1, 1), y0, [labels], None)[:, 1].abs().max() < 1e-6
 
 
 def test_every_discriminator_weight_is_spectrally_normalised():
@@ -172,7 +186,7 @@ def test_the_baseline_has_no_gan():
 def test_valence_and_arousal_alone_learn_nothing_from_the_labels():
     args = jointgan.parse_args(["--data", "toy", *SMALL, "--no-expression"])
     encoder, decoder, discriminator = jointgan.make_networks(args, 7, 2, True, torch.device("cpu"))
-    assert discriminator.scores == ["joint", "x", "y0", "va"]
+    assert discriminator.scores == ["joint", "x-va", "x", "y0", "va"]
     assert decoder.layers[0].in_channels == args.noise_dim + 2
     _, _, logits, va = encoder(torch.randn(4, 3, 32, 32))
     sum(logits).sum().backward()
@@ -238,7 +252,7 @@ def test_a_run_logs_scores_and_makes_faces(tiny, tmp_path):
     assert len(state["networks"]) == 3 and json.dumps(state["args"])
 
 
-@pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--no-expression"], ["--no-expression", "--lambda", "0"], ["--label-stream", "softmax"],
+@pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-pairs"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--no-expression"], ["--no-expression", "--lambda", "0"], ["--label-stream", "softmax"],
                                    ["--vote", "--noise", "0.3", "0.3", "0.3"], ["--rotate", "10", "--shift", "0.1", "--zoom", "0.1"], ["--oversample"]])
 def test_every_ablation_runs(flags, tiny, tmp_path):
     assert jointgan.main([*tiny, *SMALL, *flags, "--epochs", "2", "--out", str(tmp_path), "--name", "run"]) == 0
