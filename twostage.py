@@ -27,7 +27,7 @@ import common
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it. All ours: the plan
 # has no setting; rates and augmentation are those of ncctfer.py (docs/twostage.md).
 PRESETS = {
-    "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=8, ema=0.999),
+    "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=15, ema=0.99),
     "scratch ferplus": dict(size=48),
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999),
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     group.add_argument("--alpha", type=common.number(float, 0), default=1 / 3, help="exponent of the admission rates (CReST: 1/3)")
     group.add_argument("--pseudo-weight", type=common.number(float, 0), default=1.0, help="weight of the cross-entropy on pseudo-labels (Ada-CM: 1)")
     group.add_argument("--consistency-weight", type=common.number(float, 0), default=0.1, help="weight of the consistency of unconfident samples (Ada-CM, for another such loss: %(default)s)")
-    group.add_argument("--ema", type=common.number(float, 0, 1, open_high=True), help="decay of the averaged network, a step (Ada-CM: 0.999; ours on toy, which has 40 steps an epoch: 0.98)")
+    group.add_argument("--ema", type=common.number(float, 0, 1, open_high=True), help="decay of the averaged network, a step (Ada-CM: 0.999; ours from scratch: over about an epoch)")
     group.add_argument("--no-detect", dest="detect", action="store_false", help="ablation: every label is kept")
     group.add_argument("--no-semi", dest="semi", action="store_false", help="ablation: the kept labels alone, no loss on the others")
     group.add_argument("--decay", type=common.number(float, 0, 1, open_low=True), help="factor on the learning rates after each epoch (ours: as ncctfer.py)")
