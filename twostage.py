@@ -1,7 +1,7 @@
 """Two-stage cycle: detect noisy labels by their loss, then train on the rest of the labels and, without labels, on the others.
 
 M. Zhu, H. Ding, L. Yi: "Modeling Noisy labels for Facial Expression Recognition" plan this cycle and leave its parts to
-the papers that they cite. Here: DivideMix's mixture of two Gaussians over the losses divides the training set (stage 1);
+the papers that they cite. Here: DivideMix's mixtures of two Gaussians over the losses divide the training set (stage 1);
 FixMatch's weak and strong views with Ada-CM's margin per class train on both parts (stage 2); CReST's class-rebalanced
 rates admit the pseudo-labels of rare classes first. A cycle is an epoch.
 
@@ -9,7 +9,8 @@ rates admit the pseudo-labels of rare classes first. A cycle is an epoch.
     python twostage.py --data toy --noise 0.4 --no-detect --no-semi     # the baseline: all labels, nothing else
     python twostage.py --data affectnet --root data/affectnet --pretrained resnet18_msceleb.pth
 
-Measured (docs/twostage.md): toy, 60 % noise, 3 seeds, CPU: last5 93.7 +- 4.5 % against 76.1 +- 13.2 % for one plain network.
+Measured (docs/twostage.md): toy, 60 % noise, 3 seeds, CPU: last5 98.0 +- 1.1 % against 76.1 +- 13.2 % for one plain network.
+FERPlus, 10,000 images, 40 % noise, one seed: 64.2 against 68.5, mean class accuracy 47.1 against 40.1.
 """
 
 import math

@@ -213,12 +213,13 @@ def records(suite: str) -> list[tuple[Row, list[dict]]]:
 
 
 def cell(runs: list[dict], key: str, scale: float = 100) -> str:
-    """Mean and, for several seeds, standard deviation, times `scale`."""
+    """Mean and, for several seeds, standard deviation, times `scale`; two decimals where that is 1."""
     values = [scale * run[key] for run in runs if key in run]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    digits = 1 if scale == 100 else 2
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def write_docs() -> None:
