@@ -250,6 +250,8 @@ def test_a_run_logs_scores_and_makes_faces(tiny, tmp_path):
     assert (folder / "generated.png").read_bytes()[:4] == b"\x89PNG"
     state = torch.load(folder / "model.pt", weights_only=True)
     assert len(state["networks"]) == 3 and json.dumps(state["args"])
+    modules = torch.load(folder / "last.pt", weights_only=True)["modules"]
+    assert [group["betas"][0] for optimizer in modules[3:] for group in optimizer["param_groups"]] == [0.9, 0.5, 0.5]  # encoder, decoder; discriminator
 
 
 @pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-pairs"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--no-expression"], ["--no-expression", "--lambda", "0"], ["--label-stream", "softmax"],
