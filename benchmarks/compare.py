@@ -97,6 +97,7 @@ SUITES = {
 JOINTGAN = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
     Row("VGG, clean labels", "jointgan", "--lambda 0 --noise 0 --va-noise 0", 1, drawn=False),
+    Row("VGG, one label set", "jointgan", "--lambda 0 --noise 0.3", 1, drawn=False),
     Row("VGG, majority vote", "jointgan", "--lambda 0 --vote", 1, drawn=False),
     Row("VGG, expression alone", "jointgan", "--lambda 0 --no-va", 1, drawn=False),
     Row("VGG, valence-arousal alone", "jointgan", "--lambda 0 --no-expression", 1, drawn=False),
