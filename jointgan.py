@@ -31,6 +31,8 @@ from common import UserError
 PRESETS = {
     "scratch": dict(size=64, width=1.0, hidden=500, epochs=40, batch_size=128, lr=1e-4, beta1=0.9, noise_dim=100, lam=1.0, adversarial_from=7, rotate=10.0, shift=0.1, zoom=0.1),
     "scratch cifar10": dict(size=32, hidden=512, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.1, zoom=0.0),
+    "scratch affectnet": dict(lam=0.4, adversarial_from=1),
+    "scratch affectnet-auto": dict(lam=0.4, adversarial_from=1),
     "scratch toy": dict(size=32, width=0.25, hidden=128, epochs=20, batch_size=32, lr=5e-4, beta1=0.5, noise_dim=16, lam=0.8, adversarial_from=2, rotate=0.0, shift=0.0, zoom=0.0),
 }
 
@@ -321,6 +323,14 @@ def make_networks(args, num_classes: int, sets: int, has_va: bool, device) -> tu
     return tuple(made)
 
 
+def make_optimizers(networks, args) -> list[torch.optim.Optimizer]:
+    """Adam of G_Y with G_X, and of D where there is one. G_Y keeps Adam's own beta1: with less its accuracy swings."""
+    encoder, decoder, discriminator = networks
+    groups = [[(encoder, 0.9), (decoder, args.beta1)], [(discriminator, args.beta1)]]
+    groups = [[dict(params=list(n.parameters()), betas=(beta1, 0.999)) for n, beta1 in group if n is not None] for group in groups]
+    return [torch.optim.Adam(group, lr=args.lr, fused=True) for group in groups if group]
+
+
 def face_input(images: Tensor, size: int) -> Tensor:
     """Network input in [-1, 1], the range of the decoder's faces."""
     return common.network_input(images, size, (0.5,) * 3, (0.5,) * 3)
@@ -328,6 +338,24 @@ def face_input(images: Tensor, size: int) -> Tensor:
 
 def gradient_norm(network: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def score_both_sides(networks, x: Tensor, encoded: tuple, given: list[Tensor], va: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
+    """Scores, (N, S) each, of (x, y0, predictions) and of (made face, noise, noisy labels); y0 and the faces are drawn anew each time.
+
+    x: images (N, 3, H, W). encoded: mean and log-variance of y0 (N, noise_dim), of each set what its label stream gets of
+    the encoder (N, C), valence and arousal (N, 2) or None. given, va: the noisy labels, one-hot, likewise.
+    Without decoder the second side has the images too (Table 3, w/o G_X).
+    """
+    _, decoder, discriminator = networks
+    mean, log_variance, streams, prediction = encoded
+    y0 = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+    noise = torch.randn_like(mean)
+    with common.autocast(x.device, precision), parametrize.cached():  # spectral norms are computed once
+        made = x if decoder is None else decoder(noise, given, va)
+        both = torch.cat([x, made]), torch.cat([y0, noise]), [torch.cat(pair) for pair in zip(streams, given)]
+        scores = discriminator(*both, None if va is None else torch.cat([prediction, va]))
+    return scores[: len(x)], scores[len(x) :]
 
 
 def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_classes: int, epoch: int, args) -> tuple[Tensor, dict]:
@@ -350,35 +378,21 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
             mean, log_variance, logits, prediction = encoder(x)
         loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
         streams = [z.softmax(1) if args.label_stream == "softmax" else z for z in logits] if args.expression else []
-
-        def both_sides(mean, log_variance, streams, prediction):
-            """Scores (N, S) of the encoder's and of the decoder's side; y0 and the made faces are drawn anew each time."""
-            y0 = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-            noise = torch.randn_like(mean)
-            with common.autocast(x.device, args.precision):
-                made = x if decoder is None else decoder(noise, given, target)
-                both = torch.cat([x, made]), torch.cat([y0, noise]), [torch.cat(pair) for pair in zip(streams, given)]
-                s = discriminator(*both, None if target is None else torch.cat([prediction, target]))
-            return s[: len(x)], s[len(x) :]
-
-        norms = []
         if adversarial:
             held = mean.detach(), log_variance.detach(), [z.detach() for z in streams], None if prediction is None else prediction.detach()
             if decoder is not None:
                 decoder.requires_grad_(False)
             for _ in range(args.d_steps):
-                with parametrize.cached():  # spectral norms are computed once a step
-                    s_enc, s_dec = both_sides(*held)
+                s_enc, s_dec = score_both_sides(networks, x, held, given, target, args.precision)
                 loss_d = discriminator_loss(s_enc, s_dec)
                 optimizers[1].zero_grad()
                 loss_d.backward()
                 optimizers[1].step()
-            norms = [gradient_norm(discriminator)]
+            norm_d = gradient_norm(discriminator)
             discriminator.requires_grad_(False)
             if decoder is not None:
                 decoder.requires_grad_(True)
-            with parametrize.cached():
-                s_enc, s_dec = both_sides(mean, log_variance, streams, prediction)
+            s_enc, s_dec = score_both_sides(networks, x, (mean, log_variance, streams, prediction), given, target, args.precision)
             loss_g = generator_loss(s_enc, s_dec)
             discriminator.requires_grad_(True)
         optimizers[0].zero_grad()
@@ -389,7 +403,7 @@ def train_one_epoch(networks, optimizers, pixels, slices, plan, sets, va, num_cl
             losses.append(loss.detach() + (loss_d.detach() if adversarial else 0))
             hits.append((sum(z.softmax(1) for z in logits).argmax(1) == labels[0]).sum())
             ce = multitask_loss(logits, labels, None, None) / len(labels)
-            numbers.append(torch.stack([loss, ce, gradient_norm(encoder), *([loss_d, loss_g, *norms] if adversarial else [])]))
+            numbers.append(torch.stack([loss, ce, gradient_norm(encoder), *([loss_d, loss_g, norm_d] if adversarial else [])]))
             if adversarial:
                 scores.append(torch.stack([s_enc.mean(0), s_dec.mean(0)]))
     names = ["loss/total", "loss/cross_entropy", "gradient/encoder", "loss/discriminator", "loss/generator", "gradient/discriminator"]
@@ -493,13 +507,8 @@ def main(argv=None) -> int:
         va, test_va = (None if v is None else v.to(device) for v in (train.va, test.va))
 
         networks = make_networks(args, len(train.classes), len(sets), va is not None, device)
-        encoder, decoder, discriminator = networks
-        def adam(parts: list):
-            return torch.optim.Adam([dict(params=list(n.parameters()), betas=(beta1, 0.999)) for n, beta1 in parts if n is not None], lr=args.lr, fused=True)
-
-        optimizers = [adam([(encoder, 0.9), (decoder, args.beta1)])]  # the encoder with Adam's own: less lets its accuracy swing
-        if discriminator is not None:
-            optimizers.append(adam([(discriminator, args.beta1)]))
+        encoder, decoder, _ = networks
+        optimizers = make_optimizers(networks, args)
         modules = [*filter(None, networks), *optimizers]
 
         first = 1

@@ -286,3 +286,5 @@ def test_presets_are_the_authors_off_toy():
     args = jointgan.parse_args(["--data", "raf", "--noise", "0.2", "0.3"])
     assert (args.size, args.width, args.hidden, args.batch_size, args.lr, args.lam, args.adversarial_from, args.d_steps, args.noise_dim) == (64, 1, 500, 128, 1e-4, 1.0, 7, 2, 100)
     assert args.name == "jointgan-raf-n0.2-0.3-s1"
+    args = jointgan.parse_args(["--data", "affectnet"])
+    assert (args.size, args.lam, args.adversarial_from, args.oversample) == (64, 0.4, 1, True)
