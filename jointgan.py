@@ -465,7 +465,7 @@ def make_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets: int
     """uint8 (N, 3, size, size) on the CPU: faces made of latent vectors (N, noise_dim), label vectors (N, C), the same in every set, and va (N, 2)."""
     decoder.eval()
     with common.autocast(y0.device, args.precision):
-        faces = decoder(y0, [labels] * sets * args.expression, va)
+        faces = decoder(y0, [labels] * (sets if args.expression else 0), va)
     return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

@@ -8,8 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import common
+import inject_noise
 import jointgan
-from conftest import check_resume, lines
+from conftest import build_affectnet, build_cifar10, check_resume, lines
 from jointgan import IMAGE_GAIN, Decoder, Discriminator, Encoder, ccc, discriminator_loss, generator_loss, majority_vote, multitask_loss
 
 SMALL = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]
@@ -260,6 +261,41 @@ def test_every_ablation_runs(flags, tiny, tmp_path):
     assert jointgan.main([*tiny, *SMALL, *flags, "--epochs", "2", "--out", str(tmp_path), "--name", "run"]) == 0
     history = lines(tmp_path / "run")
     assert len(history) == 2 and ("loss/discriminator" in history[-1]) == ("--lambda" not in flags)
+
+
+def run_on(data, root, folder, *flags):
+    """The history of a run of two epochs on a tree in the real layout, at the authors' image size."""
+    small = [*SMALL, "--batch-size", "8", "--epochs", "2", "--adversarial-from", "1", "--precision", "fp32", "--cache", str(folder / "cache")]
+    assert jointgan.main(["--data", data, "--root", str(root), *small, *flags, "--out", str(folder), "--name", data]) == 0
+    assert (folder / data / "generated.png").exists()
+    return lines(folder / data)[-1]
+
+
+def test_cifar10_with_three_label_sets(tmp_path):
+    last = run_on("cifar10", build_cifar10(tmp_path / "data"), tmp_path, "--noise", "0.2", "0.3", "0.4")
+    assert {tag for tag in last if tag.startswith("accuracy/test/set")} == {f"accuracy/test/set{t}" for t in (1, 2, 3)}
+    assert {tag for tag in last if tag.endswith("/decoder")} == {f"score/{name}/decoder" for name in ("joint", "x-y1", "x-y2", "x-y3", "x", "y0", "y1", "y2", "y3")}
+    assert "accuracy/class/truck" in last and "va/ccc_valence" not in last
+
+
+def test_machine_labels_go_from_affectnet_to_raf_and_back(raf, tmp_path, capsys):
+    """Sec. 5.2: RAF-base has expression, valence and arousal of an AffectNet model, AffectNet-base expressions of a RAF model."""
+    affectnet = build_affectnet(tmp_path / "affectnet_data")
+
+    def relabel(data, root, model, output, *flags):
+        place = ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--output", str(output)]
+        assert inject_noise.main(["--data", data, "--root", str(root), "--from-checkpoint", str(tmp_path / model / "model.pt"), *place, *flags]) == 0
+
+    first = run_on("affectnet", affectnet, tmp_path, "--classes", "7")
+    assert {"va/ccc_valence", "va/mse_arousal", "score/x-va/encoder"} <= set(first) and "accuracy/class/contempt" not in first
+    relabel("raf", raf, "affectnet", tmp_path / "machine.csv")
+    last = run_on("raf", raf, tmp_path, "--labels", str(tmp_path / "machine.csv"), "--va-labels", str(tmp_path / "machine-va.csv"))
+    assert "score/x-va/encoder" in last and "va/ccc_valence" not in last  # RAF-DB's test images have no valence and arousal
+    relabel("affectnet", affectnet, "raf", tmp_path / "back.csv", "--classes", "7")
+    (tmp_path / "affectnet").rename(tmp_path / "first")
+    capsys.readouterr()
+    again = run_on("affectnet", affectnet, tmp_path, "--classes", "7", "--labels", str(tmp_path / "back.csv"))
+    assert "label set 1:" in capsys.readouterr().out and "va/ccc_valence" in again
 
 
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
