@@ -114,7 +114,10 @@ def discriminator_loss(encoder_scores: Tensor, decoder_scores: Tensor) -> Tensor
 
 
 def generator_loss(encoder_scores: Tensor, decoder_scores: Tensor) -> Tensor:
-    """Eqs. 9-10 for G_X and G_Y, h^(z) = -z: the encoder's scores shall fall and the decoder's rise. (N, S) each."""
+    """Eqs. 9-10 for G_X and G_Y, h^(-s) of the encoder's side + h^(s) of the decoder's, h^(z) = -z: the former shall fall, the latter rise.
+
+    encoder_scores, decoder_scores: (N, S), a column for each joint or marginal score. Returns a scalar.
+    """
     return encoder_scores.mean() - decoder_scores.mean()
 
 
@@ -342,7 +345,7 @@ def gradient_norm(network: nn.Module) -> Tensor:
 
 
 def score_both_sides(networks, x: Tensor, encoded: tuple, given: list[Tensor], va: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
-    """Scores, (N, S) each, of (x, y0, predictions) and of (made face, noise, noisy labels); y0 and the faces are drawn anew each time.
+    """D(x, G_Y(x)) and D(G_X(y~), y~) of Eq. 6, (N, S) each; y0 and the made faces are drawn anew each time.
 
     x: images (N, 3, H, W). encoded: mean and log-variance of y0 (N, noise_dim), of each set what its label stream gets of
     the encoder (N, C), valence and arousal (N, 2) or None. given, va: the noisy labels, one-hot, likewise.
