@@ -91,7 +91,7 @@ SUITES = {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, TWOSTAGE],
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, TWOSTAGE, *TWOSTAGE_PARTS],
     },
 }
 JOINTGAN = [
@@ -122,11 +122,17 @@ SUITES["toy-multitask-40"] = {
     "seeds": (1, 2, 3),
     "rows": [row for row in JOINTGAN if row.drawn],
 }
+SUITES["ferplus-multitask"] = {
+    "title": "FERPlus, 32 px, from scratch, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
+    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --adversarial-from 2 --epochs 30",
+    "seeds": (1,),
+    "rows": [row for row in JOINTGAN if row.drawn],
+}
 # Of the last epoch, where the method logs them: what it knows of the noise
 KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_clean", "weight/high", "weight/low",
          "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes",
          "labelled/share", "labelled/purity", "labelled/recall", "labelled/auc", "pseudo/share", "pseudo/accuracy_above",
-         "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/spread")
+         "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/judge", "faces/spread")
 NAMES = {"accuracy/test_mean_class": "class mean", "ccc/last5": "CCC, last5"}
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
@@ -152,21 +158,22 @@ def machine() -> str:
 
 
 def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
-    """How good the faces of a run of jointgan.py on toy are, `count` of each class; nothing for a run without decoder.
+    """How good the faces of a run of jointgan.py are, `count` of each class; nothing for a run without decoder.
 
-    faces/recognised: share that a network trained on clean toy faces gives the class they were made for. faces/spread:
-    their standard deviation within a class, mean over pixels and classes, as a share of that of real faces: one frozen
-    face for each class has 0.
+    faces/recognised: share that a network trained on the data set's own labels gives the class they were made for.
+    faces/judge: its accuracy on the real test faces. faces/spread: the standard deviation of the made faces within a class,
+    mean over pixels and classes, as a share of that of real faces: one frozen face for each class has 0.
     """
     state, device = common.load_checkpoint(folder / "model.pt"), torch.device("cpu")
     run, classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]
     _, decoder, _ = jointgan.load_networks(state["networks"], run, len(classes), device)
     if decoder is None:
         return {}
-    judge = Path(args.out) / "judge" / f"{run.size}px"
+    judge = Path(args.out) / "judge" / f"{run.data}-{run.size}px"
     if not (judge / "model.pt").exists():
-        flags = f"--data toy --size {run.size} --batch-size {run.batch_size} {PLAIN} --networks 1 --epochs 6 --resume --out {judge.parent} --name {judge.name} --cache {args.cache}"
-        if importlib.import_module("cocuring").main(flags.split()):
+        flags = f"--data {run.data} --size {run.size} --batch-size {run.batch_size} {PLAIN} --networks 1 --epochs {6 if run.data == 'toy' else 15}"
+        flags += f" --classes {run.classes}" if run.classes else ""
+        if importlib.import_module("cocuring").main([*flags.split(), "--root", str(run.root), "--resume", "--out", str(judge.parent), "--name", judge.name, "--cache", args.cache]):
             sys.exit(2)
     train, _, sets = jointgan.load_label_sets(run)
     y0 = torch.randn(len(classes) * count, run.noise_dim, generator=common.generator_of("score", run.seed))
@@ -175,7 +182,9 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     probs, _ = common.restore(common.load_checkpoint(judge / "model.pt"), device)(made)
     own = train.labels if train.clean is None else train.clean
     spread = [torch.stack([faces[y == c].float().std(0).mean() for c in range(len(classes)) if (y == c).sum() > 1]).mean() for faces, y in ((made, labels), (train.images, own))]
-    return {"faces/recognised": round((probs.argmax(1) == labels).float().mean().item(), 6), "faces/spread": round((spread[0] / spread[1]).item(), 6)}
+    real = json.loads((judge / "metrics.jsonl").read_text().splitlines()[-1])["accuracy/test"]
+    numbers = {"recognised": (probs.argmax(1) == labels).float().mean().item(), "judge": real, "spread": (spread[0] / spread[1]).item()}
+    return {f"faces/{key}": round(value, 6) for key, value in numbers.items()}
 
 
 def run_one(suite: str, row: Row, seed: int, args) -> None:
