@@ -122,11 +122,19 @@ SUITES["toy-multitask-40"] = {
     "seeds": (1, 2, 3),
     "rows": [row for row in JOINTGAN if row.drawn],
 }
+NO_AFFINE = "--rotate 0 --shift 0 --zoom 0"
 SUITES["ferplus-multitask"] = {
     "title": "FERPlus, 32 px, from scratch, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
-    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --adversarial-from 2 --epochs 30",
+    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --adversarial-from 2 --epochs 30 --lambda 0.2",
     "seeds": (1,),
-    "rows": [row for row in JOINTGAN if row.drawn],
+    "rows": [
+        Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
+        Row("joint-distribution GAN", "jointgan", "", 1),
+        Row("GAN, lambda of the authors", "jointgan", "--lambda 1", 1),
+        Row("GAN, no decoder", "jointgan", "--no-decoder", 1),
+        Row("VGG, no random affine", "jointgan", f"--lambda 0 {NO_AFFINE}", 1),
+        Row("GAN, no random affine", "jointgan", NO_AFFINE, 1),
+    ],
 }
 # Of the last epoch, where the method logs them: what it knows of the noise
 KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_clean", "weight/high", "weight/low",
