@@ -310,8 +310,9 @@ def test_resume_refuses_other_arguments(tiny, tmp_path, monkeypatch, capsys):
 
 
 SCRIPT = """
-import sys, toyfaces, cocuring, common
+import signal, sys, toyfaces, cocuring, common
 from conftest import Tiny
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs inherit Ctrl-C ignored
 toyfaces.SPLITS = {"train": 48, "valid": 16, "test": 16}
 common.BACKBONES["resnet18"] = Tiny
 sys.exit(cocuring.main(sys.argv[1:]))
