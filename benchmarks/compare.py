@@ -53,6 +53,13 @@ TWOSTAGE_PARTS = [
     Row("two-stage cycle, no rebalancing", "twostage", "--rebalance none", 2, drawn=False),
     Row("two-stage cycle, logit adjustment", "twostage", "--rebalance logits", 2, drawn=False),
 ]
+TWOSTAGE_FERPLUS = [  # what the preset has is spelled out, for it was found with these rows
+    Row("two-stage cycle", "twostage", "--mixture global", 2),
+    Row("two-stage cycle, mixtures per class", "twostage", "--mixture class", 2, drawn=False),
+    Row("two-stage cycle, per class, labelled samples alone", "twostage", "--mixture class --no-semi", 1, drawn=False),
+    Row("two-stage cycle, per class, no rebalancing", "twostage", "--mixture class --rebalance none", 2, drawn=False),
+    Row("two-stage cycle, no detection", "twostage", "--no-detect", 1, drawn=False),
+]
 SUITES = {
     "toy": {
         "title": "Toy faces, 48 px, 40 % symmetric noise",
@@ -91,7 +98,7 @@ SUITES = {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, TWOSTAGE, *TWOSTAGE_PARTS],
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, *TWOSTAGE_FERPLUS],
     },
 }
 JOINTGAN = [
@@ -131,7 +138,6 @@ SUITES["ferplus-multitask"] = {
         Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
         Row("joint-distribution GAN", "jointgan", "", 1),
         Row("GAN, lambda of the authors", "jointgan", "--lambda 1", 1),
-        Row("GAN, no decoder", "jointgan", "--no-decoder", 1),
         Row("VGG, no random affine", "jointgan", f"--lambda 0 {NO_AFFINE}", 1),
         Row("GAN, no random affine", "jointgan", NO_AFFINE, 1),
     ],
@@ -169,7 +175,7 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     """How good the faces of a run of jointgan.py are, `count` of each class; nothing for a run without decoder.
 
     faces/recognised: share that a network trained on the data set's own labels gives the class they were made for.
-    faces/judge: its accuracy on the real test faces. faces/spread: the standard deviation of the made faces within a class,
+    faces/judge: its mean class accuracy on the real test faces. faces/spread: the standard deviation of the made faces within a class,
     mean over pixels and classes, as a share of that of real faces: one frozen face for each class has 0.
     """
     state, device = common.load_checkpoint(folder / "model.pt"), torch.device("cpu")
@@ -190,7 +196,7 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     probs, _ = common.restore(common.load_checkpoint(judge / "model.pt"), device)(made)
     own = train.labels if train.clean is None else train.clean
     spread = [torch.stack([faces[y == c].float().std(0).mean() for c in range(len(classes)) if (y == c).sum() > 1]).mean() for faces, y in ((made, labels), (train.images, own))]
-    real = json.loads((judge / "metrics.jsonl").read_text().splitlines()[-1])["accuracy/test"]
+    real = json.loads((judge / "metrics.jsonl").read_text().splitlines()[-1])["accuracy/test_mean_class"]
     numbers = {"recognised": (probs.argmax(1) == labels).float().mean().item(), "judge": real, "spread": (spread[0] / spread[1]).item()}
     return {f"faces/{key}": round(value, 6) for key, value in numbers.items()}
 

@@ -76,7 +76,7 @@ def test_made_faces_are_scored(tiny, tmp_path, monkeypatch):
     got = compare.score_faces(tmp_path / "made", place)
     assert 0 <= got["faces/recognised"] <= 1 and 0 < got["faces/spread"] < 1
     judged = json.loads((place.out / "judge" / "toy-32px" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert got["faces/judge"] == pytest.approx(judged["accuracy/test"], abs=1e-6)
+    assert got["faces/judge"] == pytest.approx(judged["accuracy/test_mean_class"], abs=1e-6)
 
     def real(decoder, y0, labels, va, sets, args):  # as a perfect decoder: toy faces of the class
         faces = [toyfaces.draw_face("test", i, size=args.size, label=int(c))[0] for i, c in enumerate(labels.argmax(1))]

@@ -77,6 +77,14 @@ def test_mixtures_per_class_are_those_of_each_class_alone():
     assert (clean_probability(losses)[len(a):] < 0.5).all()  # a global one takes the class of large losses for noise
 
 
+def test_a_class_of_one_kind_of_label_is_split_by_a_mixture_of_its_own():
+    """Hardly a label of class 0 is wrong, hardly one of class 1 right (a common and a rare class under symmetric noise)."""
+    right, wrong = [torch.linspace(0, 0.1, 80), torch.linspace(0.4, 0.5, 40)], [torch.linspace(0.7, 0.8, 40), torch.linspace(0.95, 1, 80)]
+    losses, labels = torch.cat(right + wrong), torch.arange(240) // 120
+    assert torch.equal(clean_probability(losses) > 0.5, labels == 0)
+    assert (clean_probability(losses, labels) > 0.5).nonzero()[:, 0].tolist() == [*range(80), *range(120, 160)]
+
+
 def test_the_labelled_set_is_empty_for_no_class():
     kept = labelled_set(torch.tensor([0.9, 0.5, 0.1, 0.2]), torch.tensor([0.1, 0.2, 3.0, 2.0]), torch.tensor([0, 0, 1, 1]))
     assert kept.tolist() == [True, False, False, True]
