@@ -328,28 +328,31 @@ def restore(states: list[dict], args, num_classes: int, device):
     return lambda images: (predict(network, common.Pixels(images, device), args), None)
 
 
-def figure_of_mixtures(division: Division, given: Tensor, clean: Tensor | None, classes):
-    """The losses of each class (where known: of right and wrong labels apart) with the two Gaussians fitted to them."""
+def figure_of_mixtures(division: Division, given: Tensor, clean: Tensor | None, classes, mixture: str):
+    """The losses of each class (where known: of right and wrong labels apart) with the two Gaussians fitted to them; of one mixture for all in a panel of its own."""
     from matplotlib.figure import Figure
 
-    columns = min(4, len(classes))
-    rows = -(-len(classes) // columns)
+    groups = {name: given == c for c, name in enumerate(classes)}
+    if mixture == "global":
+        groups = {"all classes": torch.ones_like(division.labelled)} | groups
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
     figure = Figure((3.2 * columns, 2.4 * rows), layout="constrained")
-    for c, name in enumerate(classes):
-        axes, of_class = figure.add_subplot(rows, columns, c + 1), given == c
-        losses = division.losses[of_class].double().cpu()
+    for k, (name, members) in enumerate(groups.items()):
+        axes, losses = figure.add_subplot(rows, columns, k + 1), division.losses[members].double().cpu()
         axes.set_title(name, fontsize=9)
         if len(losses) < 2 or losses.max() == losses.min():
             continue
         low, span = losses.min(), losses.max() - losses.min()
         parts = {"all labels": losses}
         if clean is not None:
-            right = (given == clean)[of_class].cpu()
+            right = (given == clean)[members].cpu()
             parts = {"right": losses[right], "wrong": losses[~right]}
         axes.hist([part.numpy() for part in parts.values()], 40, stacked=True, density=True, color=["tab:blue", "tab:red"][: len(parts)], label=list(parts))
-        x = torch.linspace(0, 1, 300, dtype=torch.float64)
-        for weight, mean, variance in zip(*fit_mixture((losses - low) / span)):
-            axes.plot(low + span * x, weight * torch.distributions.Normal(mean, variance.sqrt()).log_prob(x).exp() / span, color="black", linewidth=1)
+        if mixture == "class" or k == 0:
+            x = torch.linspace(0, 1, 300, dtype=torch.float64)
+            for weight, mean, variance in zip(*fit_mixture((losses - low) / span)):
+                axes.plot(low + span * x, weight * torch.distributions.Normal(mean, variance.sqrt()).log_prob(x).exp() / span, color="black", linewidth=1)
     figure.axes[0].legend(fontsize=7)
     figure.suptitle("Loss of the averaged network on the given labels, and the mixture of two Gaussians", fontsize=10)
     return figure
@@ -396,7 +399,7 @@ def main(argv=None) -> int:
 
         probs = predict(averaged.module, pixels, args)
         table = evaluate(averaged.module, test_pixels, test_labels, test.classes, args)[1]
-        figures = {"mixtures": figure_of_mixtures(Division(probs, given, args.epochs + 1, args), given, clean, train.classes)}
+        figures = {"mixtures": figure_of_mixtures(Division(probs, given, args.epochs + 1, args), given, clean, train.classes, args.mixture)}
         run.finish(train, given, common.audit_scores(probs, given), table, [averaged.module.state_dict()], figures)
     return 0
 

@@ -181,6 +181,15 @@ def test_a_run_logs_the_division_and_the_pseudo_labels(tiny, tmp_path):
     assert all(row.split(",")[1] == row.split(",")[2] for row in rows)  # it corrects no label
 
 
+def test_gaussians_are_drawn_where_a_mixture_is_fitted():
+    given, probs = torch.arange(40) % 2, torch.rand(40, 2, generator=torch.Generator().manual_seed(1)).softmax(1)
+    args = twostage.parse_args(["--warm-up", "1"])
+    for mixture, titles, curves in (("class", ["happy", "sad"], [2, 2]), ("global", ["all classes", "happy", "sad"], [2, 0, 0])):
+        division = twostage.Division(probs, given, 2, args)
+        axes = twostage.figure_of_mixtures(division, given, None, ("happy", "sad"), mixture).axes
+        assert [a.get_title() for a in axes] == titles and [len(a.lines) for a in axes] == curves
+
+
 def test_ablations_are_told_apart(tiny, tmp_path):
     whole, undetected, labelled, baseline = run(tiny, tmp_path), run(tiny, tmp_path, "--no-detect"), run(tiny, tmp_path, "--no-semi"), run(tiny, tmp_path, "--no-detect", "--no-semi")
     assert len({lines[0]["loss/total"] for lines in (whole, undetected, labelled, baseline)}) == 1  # the warm-up is the same
