@@ -4,7 +4,7 @@ Runs that are recorded under benchmarks/results/ are skipped, interrupted ones g
 until it is done. Each record is small and holds its command, so a single number can be checked without the rest.
 
     python benchmarks/compare.py toy                              # 3 seeds; 1 hour on 2 cores
-    python benchmarks/compare.py ferplus --root data/ferplus      # 1 seed; 1 hour on 2 cores
+    python benchmarks/compare.py ferplus --root data/ferplus      # 1 seed; 1.5 hours on 2 cores
     python benchmarks/compare.py                                  # only write docs/results.md and the figures anew
 """
 
@@ -131,7 +131,7 @@ SUITES["toy-multitask-40"] = {
 }
 NO_AFFINE = "--rotate 0 --shift 0 --zoom 0"
 SUITES["ferplus-multitask"] = {
-    "title": "FERPlus, 32 px, from scratch, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
+    "title": "FERPlus, 32 px, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
     "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --adversarial-from 2 --epochs 30 --lambda 0.2",
     "seeds": (1,),
     "rows": [
