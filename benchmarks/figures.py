@@ -212,6 +212,7 @@ def scalar_figure(tag: str, folders: list[Path]):
 
     figure = Figure((7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=tag)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for folder in folders:
         try:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
