@@ -21,15 +21,17 @@ FREQUENCIES = np.array([1290, 500, 717, 4772, 1982, 705, 2524]) / 12490
 SPLITS = {"train": 2500, "valid": 800, "test": 800}
 
 # Mouth curve (1 smile, -1 frown), opening and width; brow height and tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
-FEATURES = np.array([
-    [0.00, 1.00, 0.45, 1.00, 0.00, 1.45, 0.00],    # surprise: round open mouth, high brows, wide eyes
-    [-0.45, 0.65, 1.10, 0.75, 0.80, 1.45, 0.00],   # fear: wide open mouth, high slanted brows, wide eyes
-    [-0.60, 0.40, 0.75, -0.45, -0.30, 0.40, 1.00], # disgust: wrinkled nose, narrowed eyes, raised lip
-    [1.00, 0.40, 1.00, 0.15, 0.00, 0.80, 0.00],    # happiness: a smile
-    [-1.00, 0.00, 0.65, 0.10, 1.00, 0.65, 0.00],   # sadness: mouth corners down, inner brows up
-    [-0.25, 0.00, 0.60, -0.90, -1.00, 1.05, 0.00], # anger: low brows drawn together, tight mouth
-    [0.00, 0.00, 0.70, 0.00, 0.00, 1.00, 0.00],    # neutral
-])
+FEATURES = np.array(
+    [
+        [0.00, 1.00, 0.45, 1.00, 0.00, 1.45, 0.00],  # surprise: round open mouth, high brows, wide eyes
+        [-0.45, 0.65, 1.10, 0.75, 0.80, 1.45, 0.00],  # fear: wide open mouth, high slanted brows, wide eyes
+        [-0.60, 0.40, 0.75, -0.45, -0.30, 0.40, 1.00],  # disgust: wrinkled nose, narrowed eyes, raised lip
+        [1.00, 0.40, 1.00, 0.15, 0.00, 0.80, 0.00],  # happiness: a smile
+        [-1.00, 0.00, 0.65, 0.10, 1.00, 0.65, 0.00],  # sadness: mouth corners down, inner brows up
+        [-0.25, 0.00, 0.60, -0.90, -1.00, 1.05, 0.00],  # anger: low brows drawn together, tight mouth
+        [0.00, 0.00, 0.70, 0.00, 0.00, 1.00, 0.00],  # neutral
+    ]
+)
 NEUTRAL = FEATURES[CLASSES.index("neutral")]
 # Valence and arousal of a full expression; places on the circumplex as in AffectNet's annotation guide, rounded.
 VALENCE_AROUSAL = np.array([[0.2, 0.8], [-0.4, 0.8], [-0.7, 0.4], [0.8, 0.4], [-0.7, -0.3], [-0.5, 0.7], [0.0, 0.0]])
@@ -110,7 +112,10 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
         ellipse(side * spread, eye_y, 0.22, eye_height, fill=(245, 245, 245), outline=ink)
         ellipse(side * spread + gaze, eye_y, 0.09, min(0.085, eye_height), fill=tuple(iris.tolist()))
         y = eye_y - 0.25 - 0.13 * brow_height
-        inner, outer = at(side * (spread - 0.23), y - 0.14 * brow_tilt), at(side * (spread + 0.23), y + 0.14 * brow_tilt)
+        inner, outer = (
+            at(side * (spread - 0.23), y - 0.14 * brow_tilt),
+            at(side * (spread + 0.23), y + 0.14 * brow_tilt),
+        )
         draw.line([inner, outer], fill=ink, width=stroke)
     if rng.random() < 0.15:  # glasses
         frame = tuple(rng.integers(0, 80, 3).tolist())
@@ -120,11 +125,19 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
 
     # Nose, with wrinkles across its bridge
     nose = rng.uniform(0.16, 0.26)
-    draw.line([at(0, eye_y + 0.12), at(0.07, eye_y + 0.12 + nose), at(-0.03, eye_y + 0.14 + nose)], fill=ink, width=max(1, stroke // 2))
+    draw.line(
+        [at(0, eye_y + 0.12), at(0.07, eye_y + 0.12 + nose), at(-0.03, eye_y + 0.14 + nose)],
+        fill=ink,
+        width=max(1, stroke // 2),
+    )
     if wrinkle > 0.3:
         for k in range(3):
             y = eye_y + 0.02 + 0.085 * k
-            draw.line([at(-0.16 * wrinkle, y - 0.05), at(0, y), at(0.16 * wrinkle, y - 0.05)], fill=ink, width=max(1, 3 * stroke // 4))
+            draw.line(
+                [at(-0.16 * wrinkle, y - 0.05), at(0, y), at(0.16 * wrinkle, y - 0.05)],
+                fill=ink,
+                width=max(1, 3 * stroke // 4),
+            )
 
     # Mouth: a parabola for each lip
     mouth_y, t = rng.uniform(0.48, 0.56), np.linspace(-1, 1, 13)
@@ -166,7 +179,9 @@ def main(argv=None) -> int:
     parser.add_argument("--columns", type=int, default=14, help="faces per class (default: %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="pixels per face (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faces (default: %(default)s)")
-    parser.add_argument("--difficulty", type=float, default=0.0, help="0 (clear faces) to 1 (subtle ones) (default: %(default)s)")
+    parser.add_argument(
+        "--difficulty", type=float, default=0.0, help="0 (clear faces) to 1 (subtle ones) (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.difficulty <= 1 or args.columns < 1 or args.size < 8 or args.seed < 0:
         parser.error("--difficulty lies in [0, 1], --columns is at least 1, --size at least 8, --seed at least 0")

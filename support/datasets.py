@@ -1,7 +1,6 @@
 """The data sets: lists of images and labels, label noise, label files, decoding and its cache.
 
-Imported by common.py alone, which hands everything on to the scripts. Letters in shapes: N samples, C channels, H and W
-pixels.
+Letters in shapes: N samples, C channels, H and W pixels.
 """
 
 import csv
@@ -21,32 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import toyfaces
-
-
-class UserError(ValueError):
-    """Bad input. Scripts print it as one line and exit with status 2."""
-
-
-def seed_of(*key) -> int:
-    """A seed in [0, 2^63) that is a function of `key` alone (any values with a stable repr)."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
-
-
-def generator_of(*key) -> torch.Generator:
-    """A CPU generator seeded by `key`."""
-    return torch.Generator().manual_seed(seed_of(*key))
-
-
-def write_atomically(path, write) -> None:
-    """Call write(temporary path), then rename it to `path`: a killed process never leaves half a file there."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
+from common import UserError, generator_of, write_atomically
+from support import toyfaces
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets: lists of images
@@ -54,8 +29,16 @@ def write_atomically(path, write) -> None:
 
 CANONICAL = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral", "contempt")
 SYNONYMS = {
-    "surprised": "surprise", "fearful": "fear", "afraid": "fear", "disgusted": "disgust", "happy": "happiness", "joy": "happiness",
-    "sad": "sadness", "angry": "anger", "neutrality": "neutral", "contemptuous": "contempt",
+    "surprised": "surprise",
+    "fearful": "fear",
+    "afraid": "fear",
+    "disgusted": "disgust",
+    "happy": "happiness",
+    "joy": "happiness",
+    "sad": "sadness",
+    "angry": "anger",
+    "neutrality": "neutral",
+    "contemptuous": "contempt",
 }
 RAF_CLASSES = CANONICAL[:7]  # labels 1..7 in its files
 FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
@@ -112,7 +95,9 @@ def canonical(name: str) -> str:
 
 
 def not_found(data: str, root, missing) -> UserError:
-    return UserError(f"--data {data}: looked in {root}, where {missing} is missing; {ORIGIN[data.removesuffix('-auto')]}; --data toy needs no files")
+    return UserError(
+        f"--data {data}: looked in {root}, where {missing} is missing; {ORIGIN[data.removesuffix('-auto')]}; --data toy needs no files"
+    )
 
 
 def label_base(values, num_classes: int, where) -> int:
@@ -124,7 +109,9 @@ def label_base(values, num_classes: int, where) -> int:
         return 1
     if low < 0 or high > num_classes or (low == 0 and high == num_classes):
         raise UserError(f"{where}: labels from {low} to {high} are outside the {num_classes} classes")
-    raise UserError(f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; write class names instead")
+    raise UserError(
+        f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; write class names instead"
+    )
 
 
 def read_rows(path) -> tuple[list[tuple[int, str, str]], bool]:
@@ -176,7 +163,11 @@ def read_raf(root: Path, split: str) -> Index:
     if root.name != "basic" and (root / "basic").is_dir():
         root = root / "basic"
     folder = root / "EmoLabel" if (root / "EmoLabel").is_dir() else root
-    lists = [folder / n for n in ("list_patition_label.txt", "list_partition_label.txt", f"{split}_label.txt") if (folder / n).is_file()]
+    lists = [
+        folder / n
+        for n in ("list_patition_label.txt", "list_partition_label.txt", f"{split}_label.txt")
+        if (folder / n).is_file()
+    ]
     kaggle = root / "DATASET" if (root / "DATASET").is_dir() else root
     if lists:
         rows, _ = read_rows(lists[0])
@@ -191,11 +182,18 @@ def read_raf(root: Path, split: str) -> Index:
             sources.append(path if path.is_file() or not (aligned / name).is_file() else aligned / name)
         index = Index([n for n, _ in kept], [l for _, l in kept], RAF_CLASSES, sources)
     elif (kaggle / split).is_dir():
-        table = next((p for p in (root / f"{split}_labels.csv", kaggle.parent / f"{split}_labels.csv") if p.is_file()), None)
+        table = next(
+            (p for p in (root / f"{split}_labels.csv", kaggle.parent / f"{split}_labels.csv") if p.is_file()), None
+        )
         if table:
             rows, _ = read_rows(table)
             labels = numbered_labels(rows, table, 7) if rows else []
-            index = Index([n for _, n, _ in rows], labels, RAF_CLASSES, [kaggle / split / str(l + 1) / n for (_, n, _), l in zip(rows, labels)])
+            index = Index(
+                [n for _, n, _ in rows],
+                labels,
+                RAF_CLASSES,
+                [kaggle / split / str(l + 1) / n for (_, n, _), l in zip(rows, labels)],
+            )
         else:
             paths = [p for p in sorted((kaggle / split).glob("*/*")) if p.suffix.lower() in IMAGE_SUFFIXES]
             strange = [p.parent for p in paths if not p.parent.name.isdecimal()]
@@ -204,7 +202,9 @@ def read_raf(root: Path, split: str) -> Index:
             base = label_base([int(p.parent.name) for p in paths], 7, kaggle / split) if paths else 1
             index = Index([p.name for p in paths], [int(p.parent.name) - base for p in paths], RAF_CLASSES, paths)
     else:
-        raise not_found("raf", root, "EmoLabel/list_patition_label.txt (official layout) and DATASET/train (Kaggle layout)")
+        raise not_found(
+            "raf", root, "EmoLabel/list_patition_label.txt (official layout) and DATASET/train (Kaggle layout)"
+        )
     return index
 
 
@@ -233,7 +233,10 @@ def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, 
         rows = [(n, row[0], row[2:]) for n, row in csv_rows(table, 12)]
         sources = [folder / name for _, name, _ in rows]
     elif (root / "fer2013.csv").is_file() and (root / "fer2013new.csv").is_file():
-        table, usage = root / "fer2013new.csv", {"train": "Training", "valid": "PublicTest", "test": "PrivateTest"}[split]
+        table, usage = (
+            root / "fer2013new.csv",
+            {"train": "Training", "valid": "PublicTest", "test": "PrivateTest"}[split],
+        )
         pixels = csv_rows(root / "fer2013.csv", 3)
         rows, sources = [], []
         votes = csv_rows(table, 12)
@@ -241,7 +244,9 @@ def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, 
             raise UserError(f"{table} has {len(votes)} lines and fer2013.csv has {len(pixels)}: they must be in step")
         for (n, row), (pixel_line, pixel_row) in zip(votes[1:], pixels[1:]):
             if pixel_row[2].strip() != row[0].strip():
-                raise UserError(f"{table}, line {n}: usage {row[0]!r} but {pixel_row[2]!r} in fer2013.csv, line {pixel_line}")
+                raise UserError(
+                    f"{table}, line {n}: usage {row[0]!r} but {pixel_row[2]!r} in fer2013.csv, line {pixel_line}"
+                )
             if row[0].strip() == usage and row[1]:  # lines without an image name have no votes
                 rows.append((n, row[1], row[2:]))
                 sources.append((f"{root / 'fer2013.csv'}, line {pixel_line}", pixel_row[1]))
@@ -285,14 +290,18 @@ def read_folder(root: Path, split: str) -> Index:
     found = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
     classes = tuple(canonical(name) for name in found)
     if len(set(classes)) < 2:
-        raise UserError(f"--data folder: {top} has {len(set(classes))} class folders, at least two are needed; {ORIGIN['folder']}")
+        raise UserError(
+            f"--data folder: {top} has {len(set(classes))} class folders, at least two are needed; {ORIGIN['folder']}"
+        )
     if len(set(classes)) < len(classes):
         raise UserError(f"--data folder: {top} has two folders of one class among {', '.join(found)}")
     if split_folders:
         top = root / split
         for path in sorted(top.iterdir()):
             if path.is_dir() and not path.name.startswith(".") and canonical(path.name) not in classes:
-                raise UserError(f"--data folder: {path} is not among the classes of {root / 'train'}: {', '.join(found)}")
+                raise UserError(
+                    f"--data folder: {path} is not among the classes of {root / 'train'}: {', '.join(found)}"
+                )
     index = Index([], [], classes)
     for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")):
         paths = [p.relative_to(root) for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -312,8 +321,15 @@ def read_affectnet(root: Path, split: str, automatic: bool = False) -> Index:
     None, uncertain and no-face are dropped, and images whose valence or arousal is invalid (-2).
     """
     data = "affectnet-auto" if automatic else "affectnet"
-    tables = {"train": ["automatically_annotated.csv"] if automatic else ["training.csv"], "test": ["validation.csv", "validate.csv"]}[split]
-    folders = [p for p in (root, root / "Manually_Annotated_file_lists", root / "Automatically_annotated_file_list") if p.is_dir()]
+    tables = {
+        "train": ["automatically_annotated.csv"] if automatic else ["training.csv"],
+        "test": ["validation.csv", "validate.csv"],
+    }[split]
+    folders = [
+        p
+        for p in (root, root / "Manually_Annotated_file_lists", root / "Automatically_annotated_file_list")
+        if p.is_dir()
+    ]
     table = next((folder / name for folder in folders for name in tables if (folder / name).is_file()), None)
     annotations = root / {"train": "train_set", "test": "val_set"}[split] / "annotations"
     if table:
@@ -321,10 +337,17 @@ def read_affectnet(root: Path, split: str, automatic: bool = False) -> Index:
     elif annotations.is_dir() and not (automatic and split == "train"):
         names, sources, rows = read_affectnet_npy(annotations)
     else:
-        raise not_found(data, root, f"{' or '.join(tables)} (csv release)" + ("" if automatic else f" and {annotations.relative_to(root)} (npy release)"))
+        raise not_found(
+            data,
+            root,
+            f"{' or '.join(tables)} (csv release)"
+            + ("" if automatic else f" and {annotations.relative_to(root)} (npy release)"),
+        )
     expression, va = rows[:, 0].astype(int), rows[:, 1:]
     kept = np.flatnonzero((expression < 8) & (np.abs(va) <= 1).all(1))
-    print(f"AffectNet {split}: {len(kept):,} of {len(names):,} images have one of eight expressions and a valid valence and arousal")
+    print(
+        f"AffectNet {split}: {len(kept):,} of {len(names):,} images have one of eight expressions and a valid valence and arousal"
+    )
     index = Index(names, expression.tolist(), AFFECTNET_CLASSES, sources, va.astype(np.float32))
     return index.take(kept.tolist())
 
@@ -334,7 +357,17 @@ def read_affectnet_csv(root: Path, table: Path, data: str, automatic: bool) -> t
 
     The images are cropped to the list's face boxes, unless the first ones all have one square size: then they are aligned.
     """
-    columns = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks", "expression", "valence", "arousal"]
+    columns = [
+        "subDirectory_filePath",
+        "face_x",
+        "face_y",
+        "face_width",
+        "face_height",
+        "facial_landmarks",
+        "expression",
+        "valence",
+        "arousal",
+    ]
     found, what = csv_rows(table, len(columns)), "Automatically_Annotated" if automatic else "Manually_Annotated"
     if found and found[0][1][0] == columns[0]:
         columns = found.pop(0)[1]
@@ -349,7 +382,9 @@ def read_affectnet_csv(root: Path, table: Path, data: str, automatic: bool) -> t
             x, y, w, h = (round(float(row[place[f"face_{key}"]])) for key in ("x", "y", "width", "height"))
             values = [float(row[place[key]]) for key in ("expression", "valence", "arousal")]
         except (ValueError, KeyError):
-            raise UserError(f"{table}, line {line_number}: face box, expression, valence and arousal must be numbers") from None
+            raise UserError(
+                f"{table}, line {line_number}: face box, expression, valence and arousal must be numbers"
+            ) from None
         if values[0] not in range(11):
             raise UserError(f"{table}, line {line_number}: expression {row[place['expression']]} is outside 0 to 10")
         names.append(row[place["subDirectory_filePath"]])
@@ -362,13 +397,18 @@ def read_affectnet_csv(root: Path, table: Path, data: str, automatic: bool) -> t
         with open_image(paths[i]) as image:
             sizes.add(image.size)
     aligned = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
-    print(f"{table.name}: the images are " + ("aligned already (one square size), not cropped" if aligned else "cropped to the face boxes"))
+    print(
+        f"{table.name}: the images are "
+        + ("aligned already (one square size), not cropped" if aligned else "cropped to the face boxes")
+    )
     return names, paths if aligned else [Crop(path, box) for path, box in zip(paths, boxes)], rows
 
 
 def read_affectnet_npy(annotations: Path) -> tuple[list[str], list, np.ndarray]:
     """Names, sources and (expression, valence, arousal), float64 (N, 3), of a split of the npy release."""
-    numbers = sorted((p.name.removesuffix("_exp.npy") for p in annotations.glob("*_exp.npy")), key=lambda n: (len(n), n))
+    numbers = sorted(
+        (p.name.removesuffix("_exp.npy") for p in annotations.glob("*_exp.npy")), key=lambda n: (len(n), n)
+    )
 
     def read(number):
         values = []
@@ -384,7 +424,11 @@ def read_affectnet_npy(annotations: Path) -> tuple[list[str], list, np.ndarray]:
 
     rows = list(in_threads(read, numbers, f"reading {annotations}"))
     images, split = annotations.parent / "images", annotations.parent.name
-    return [f"{split}/images/{n}.jpg" for n in numbers], [images / f"{n}.jpg" for n in numbers], np.array(rows).reshape(-1, 3)
+    return (
+        [f"{split}/images/{n}.jpg" for n in numbers],
+        [images / f"{n}.jpg" for n in numbers],
+        np.array(rows).reshape(-1, 3),
+    )
 
 
 def read_cifar10(root: Path, split: str) -> Index:
@@ -392,7 +436,10 @@ def read_cifar10(root: Path, split: str) -> Index:
     from torchvision.datasets import CIFAR10
 
     class Unpacked(CIFAR10):  # without its checksums, which a re-packed copy or a subset fails
-        train_list, test_list = [[name, None] for name, _ in CIFAR10.train_list], [[name, None] for name, _ in CIFAR10.test_list]
+        train_list, test_list = (
+            [[name, None] for name, _ in CIFAR10.train_list],
+            [[name, None] for name, _ in CIFAR10.test_list],
+        )
         meta = CIFAR10.meta | {"md5": None}
 
     try:
@@ -401,7 +448,9 @@ def read_cifar10(root: Path, split: str) -> Index:
         raise not_found("cifar10", root, "cifar-10-batches-py, or a file of it,") from None
     except (EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"--data cifar10: the files in {root / 'cifar-10-batches-py'} are damaged ({error})") from None
-    return Index([f"{split}_{i:05d}" for i in range(len(data.targets))], list(data.targets), tuple(data.classes), list(data.data))
+    return Index(
+        [f"{split}_{i:05d}" for i in range(len(data.targets))], list(data.targets), tuple(data.classes), list(data.data)
+    )
 
 
 def read_toy(difficulty: float, split: str) -> Index:
@@ -419,7 +468,13 @@ def read_index(args, split: str) -> Index:
     elif args.data == "ferplus":
         index = read_ferplus(root, split)
     else:  # no validation split of its own: a fixed stratified tenth of the training set
-        read = {"raf": read_raf, "affectnet": read_affectnet, "affectnet-auto": partial(read_affectnet, automatic=True), "cifar10": read_cifar10, "folder": read_folder}[args.data]
+        read = {
+            "raf": read_raf,
+            "affectnet": read_affectnet,
+            "affectnet-auto": partial(read_affectnet, automatic=True),
+            "cifar10": read_cifar10,
+            "folder": read_folder,
+        }[args.data]
         index = read(root, "train" if split == "valid" else split)
         if split == "valid" or (split == "train" and args.split == "valid"):
             tenth = stratified(index.labels, len(index.labels) // 10, generator_of("valid"))
@@ -439,7 +494,9 @@ def keep_classes(index: Index, args) -> Index:
         raise UserError(f"--classes {args.classes} needs expression classes, and {strange[0]!r} is none")
     classes = tuple(c for c in index.classes if c != "contempt" or args.classes == 8)
     if len(classes) != args.classes:
-        raise UserError(f"--classes {args.classes}: --data {args.data} has {len(index.classes)}: {', '.join(index.classes)}")
+        raise UserError(
+            f"--classes {args.classes}: --data {args.data} has {len(index.classes)}: {', '.join(index.classes)}"
+        )
     index = index.take([i for i, label in enumerate(index.labels) if index.classes[label] in classes])
     index.labels = [classes.index(index.classes[label]) for label in index.labels]
     index.classes = classes
@@ -475,7 +532,9 @@ def open_image(source):
         left, upper, right, lower = source.box
         box = max(0, left), max(0, upper), min(whole.width, right), min(whole.height, lower)
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise UserError(f"{source.path}: the face box {source.box} lies outside the image, {whole.width} x {whole.height}")
+            raise UserError(
+                f"{source.path}: the face box {source.box} lies outside the image, {whole.width} x {whole.height}"
+            )
         try:
             return whole.crop(box)
         except (OSError, SyntaxError) as error:
@@ -552,7 +611,10 @@ def load_array(file: Path) -> Tensor:
 
 def in_threads(work, items: list, what: str, chunk: int = 1024):
     """Yield work(item) in order, done in threads, at most a chunk ahead (Pillow decodes without holding the interpreter lock)."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=what, total=len(items), leave=False, disable=None, unit="img") as bar:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(desc=what, total=len(items), leave=False, disable=None, unit="img") as bar,
+    ):
         for start in range(0, len(items), chunk):
             for result in pool.map(work, items[start : start + chunk]):
                 yield result
@@ -576,7 +638,9 @@ def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict)
     def write(path):
         shape = (len(index.sources), 1 if grey else 3, size[1], size[0])
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-        for i, pixels in enumerate(in_threads(lambda source: decode(source, size, grey), index.sources, f"decoding {args.data} {split}")):
+        for i, pixels in enumerate(
+            in_threads(lambda source: decode(source, size, grey), index.sources, f"decoding {args.data} {split}")
+        ):
             array[i] = pixels
         array.flush()
 
@@ -612,10 +676,14 @@ def load_data(args) -> tuple[Split, Split]:
     train = Split(decode_all(index, args, "train"), labels, clean, va[0], index.names, index.classes)
     test = Split(decode_all(test, args, args.split), torch.tensor(test.labels), None, va[1], test.names, test.classes)
     counts = torch.bincount(labels, minlength=len(index.classes)).tolist()
-    print(f"{args.data}: {len(train.labels):,} training images ({', '.join(f'{c} {n:,}' for c, n in zip(index.classes, counts))}), "
-          f"{len(test.labels):,} {args.split} images, {tuple(train.images.shape[1:])}")
+    print(
+        f"{args.data}: {len(train.labels):,} training images ({', '.join(f'{c} {n:,}' for c, n in zip(index.classes, counts))}), "
+        f"{len(test.labels):,} {args.split} images, {tuple(train.images.shape[1:])}"
+    )
     if clean is not None:
-        print(f"training labels that differ from the data set's own: {(labels != clean).sum().item():,} ({(labels != clean).float().mean():.1%})")
+        print(
+            f"training labels that differ from the data set's own: {(labels != clean).sum().item():,} ({(labels != clean).float().mean():.1%})"
+        )
     return train, test
 
 
@@ -652,7 +720,13 @@ def symmetric_noise(labels: Tensor, rate: float, num_classes: int, generator: to
     Raises UserError for a rate, a label or a number of classes out of range.
     """
     check_noise(labels, rate, num_classes)
-    return corrupt(labels, rate, num_classes, lambda c, n: (c + torch.randint(1, num_classes, (n,), generator=generator)) % num_classes, generator)
+    return corrupt(
+        labels,
+        rate,
+        num_classes,
+        lambda c, n: (c + torch.randint(1, num_classes, (n,), generator=generator)) % num_classes,
+        generator,
+    )
 
 
 def asymmetric_noise(labels: Tensor, rate: float, pairs: dict[int, int], generator: torch.Generator) -> Tensor:
@@ -664,7 +738,9 @@ def asymmetric_noise(labels: Tensor, rate: float, pairs: dict[int, int], generat
     check_noise(labels, rate, max([*pairs.keys(), *pairs.values(), 1]) + 1)
     lonely = set(labels.unique().tolist()) - set(pairs)
     if lonely or any(c == partner for c, partner in pairs.items()):
-        raise UserError(f"asymmetric noise: class {min(lonely) if lonely else 'of a pair'} has no partner other than itself")
+        raise UserError(
+            f"asymmetric noise: class {min(lonely) if lonely else 'of a pair'} has no partner other than itself"
+        )
     return corrupt(labels, rate, max(pairs) + 1, lambda c, n: torch.full((n,), pairs.get(c, c)), generator)
 
 
@@ -708,7 +784,9 @@ def read_labels(path, index: Index) -> Tensor:
         labels = []
         for line_number, _, text in rows:
             if canonical(text) not in index.classes:
-                raise UserError(f"{path}, line {line_number}: label {text!r} is not among the classes {', '.join(index.classes)}")
+                raise UserError(
+                    f"{path}, line {line_number}: label {text!r} is not among the classes {', '.join(index.classes)}"
+                )
             labels.append(index.classes.index(canonical(text)))
 
     key = str if any("/" in name for name in index.names) else name_key  # names in folders are unique only as a whole
@@ -718,7 +796,9 @@ def read_labels(path, index: Index) -> Tensor:
             raise UserError(f"{path}, line {line_number}: {name} has another label in an earlier line")
     missing = [name for name in index.names if key(name) not in table]
     if missing:
-        raise UserError(f"{path}: no label for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}")
+        raise UserError(
+            f"{path}: no label for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}"
+        )
     labels = torch.tensor([table[key(name)] for name in index.names])
     if integers and index.classes == RAF_CLASSES:
         check_order(labels, torch.tensor(index.labels), path)
@@ -746,7 +826,9 @@ def read_va(path, index: Index) -> Tensor:
         table[key(name)] = np.clip(values, -1, 1)
     missing = [name for name in index.names if key(name) not in table]
     if missing:
-        raise UserError(f"{path}: no valence and arousal for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}")
+        raise UserError(
+            f"{path}: no valence and arousal for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}"
+        )
     if clamped:
         print(f"{path}: {clamped:,} lines lie outside [-1, 1] and were clamped")
     return torch.tensor(np.array([table[key(name)] for name in index.names]), dtype=torch.float32)
@@ -756,7 +838,9 @@ def check_order(labels: Tensor, own: Tensor, path) -> None:
     """Refuse RAF-DB labels that are numbered in AffectNet's order: read so, they agree better with the data set's own."""
     to_raf = torch.tensor([RAF_CLASSES.index(name) for name in AFFECTNET_CLASSES[:7]])
     if (to_raf[labels] == own).sum() > (labels == own).sum():
-        raise UserError(f"{path}: the labels look numbered in AffectNet's order (neutral, happy, sad, ...), not RAF-DB's; write class names instead")
+        raise UserError(
+            f"{path}: the labels look numbered in AffectNet's order (neutral, happy, sad, ...), not RAF-DB's; write class names instead"
+        )
 
 
 def write_labels(path, names: list[str], labels: Tensor, classes: tuple[str, ...], style: str = "csv") -> None:
@@ -781,6 +865,8 @@ def write_va(path, names: list[str], va: Tensor) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(("name", "valence", "arousal"))
-            rows.writerows((name, f"{valence:.6f}", f"{arousal:.6f}") for name, (valence, arousal) in zip(names, va.tolist()))
+            rows.writerows(
+                (name, f"{valence:.6f}", f"{arousal:.6f}") for name, (valence, arousal) in zip(names, va.tolist())
+            )
 
     write_atomically(path, write)

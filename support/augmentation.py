@@ -1,13 +1,14 @@
 """Augmentation of batches on their device, drawn per sample.
 
-Imported by common.py alone, which hands everything on to the scripts. A `plan` is an epoch's common.EpochPlan and `part` a
-slice of its order: plan.draw(name, part) are the uniform numbers of those samples. Letters in shapes: B the batch, C channels,
-H and W pixels.
+`draw` is what common.Loader hands out: draw(name) gives uniform numbers in [0, 1), float32 (B,). Letters in shapes: B the
+batch, C channels, H and W pixels.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common import constant
 
 
 def random_flip(images: Tensor, u: Tensor) -> Tensor:
@@ -22,14 +23,16 @@ def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
     columns = (v * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=images.device)  # (B, W)
     padded = F.pad(images, (pad, pad, pad, pad))
     sample, channel = torch.arange(n, device=images.device), torch.arange(c, device=images.device)
-    return padded[sample[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return padded[
+        sample[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
 
 
 def grey_of(images: Tensor) -> Tensor:
     """Luma (B, 1, H, W) of images (B, C, H, W), C = 1 or 3, with the weights of ITU-R BT.601 as Pillow and torchvision."""
     if images.shape[1] == 1:
         return images
-    return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return (images * constant((0.2989, 0.587, 0.114), images.device)).sum(1, keepdim=True)
 
 
 def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
@@ -47,12 +50,26 @@ def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturatio
     return torch.lerp(grey_of(images), images, saturation).clamp(0, 255)
 
 
-def random_affine(images: Tensor, plan, part: slice, degrees: float, shift: float, zoom: float) -> Tensor:
+def augment(images: Tensor, draw, crop: int = 0, jitter: float = 0.0) -> Tensor:
+    """Flip, pad-and-crop by `crop` pixels and jitter in [1 - jitter, 1 + jitter], each drawn per sample.
+
+    images: uint8 (B, C, H, W). draw: see Loader. Returns uint8, or with jitter float32 in [0, 255].
+    """
+    images = random_flip(images, draw("flip"))
+    if crop:
+        images = random_crop(images, draw("crop y"), draw("crop x"), crop)
+    if jitter:
+        factors = (1 + jitter * (2 * draw(name) - 1) for name in ("brightness", "contrast", "saturation"))
+        images = color_jitter(images.float(), *factors)
+    return images
+
+
+def random_affine(images: Tensor, draw, degrees: float, shift: float, zoom: float) -> Tensor:
     """Rotate, shift and zoom about the centre, drawn per sample from +- degrees, +- shift (share of the size), 1 +- zoom.
 
-    images: (B, C, H, W) with H = W, the samples at the positions `part` of the plan; bilinear, black outside. Returns float32.
+    images: (B, C, H, W) with H = W, bilinear, black outside. Returns float32.
     """
-    angle, x, y, scale = (2 * plan.draw(name, part) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
+    angle, x, y, scale = (2 * draw(name) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
     angle, scale = torch.deg2rad(degrees * angle), 1 + zoom * scale
     cos, sin = angle.cos() / scale, angle.sin() / scale
     rows = [torch.stack([cos, -sin, 2 * shift * x], 1), torch.stack([sin, cos, 2 * shift * y], 1)]
@@ -60,34 +77,34 @@ def random_affine(images: Tensor, plan, part: slice, degrees: float, shift: floa
     return F.grid_sample(images.float(), grid, align_corners=False)
 
 
-def augment(images: Tensor, plan, part: slice, crop: int = 0, jitter: float = 0.0) -> Tensor:
-    """Flip, pad-and-crop by `crop` pixels and jitter in [1 - jitter, 1 + jitter], each drawn per sample.
-
-    images: uint8 (B, C, H, W), the samples at the positions `part` of the plan. Returns uint8, or with jitter float32 in
-    [0, 255].
-    """
-    images = random_flip(images, plan.draw("flip", part))
-    if crop:
-        images = random_crop(images, plan.draw("crop y", part), plan.draw("crop x", part), crop)
-    if jitter:
-        factors = (1 + jitter * (2 * plan.draw(name, part) - 1) for name in ("brightness", "contrast", "saturation"))
-        images = color_jitter(images.float(), *factors)
-    return images
-
-
 # RandAugment's operations with torchvision's ranges, and inversion, which NCCTFER (Sec. 4.2) names.
-OPERATIONS = ("identity", "shear x", "shear y", "translate x", "translate y", "rotate", "brightness", "color", "contrast", "sharpness",
-              "posterize", "solarize", "autocontrast", "equalize", "invert")
+OPERATIONS = (
+    "identity",
+    "shear x",
+    "shear y",
+    "translate x",
+    "translate y",
+    "rotate",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+    "invert",
+)
 
 
-def rand_augment(images: Tensor, plan, part: slice, layers: int = 2, magnitude: int = 10) -> Tensor:
+def rand_augment(images: Tensor, draw, layers: int = 2, magnitude: int = 10) -> Tensor:
     """RandAugment (Cubuk et al., 2020): `layers` operations one after the other, drawn anew for every sample.
 
-    images: uint8 (B, C, H, W), the samples at the positions `part` of the plan. magnitude in [0, 30]. Returns uint8.
+    images: uint8 (B, C, H, W). draw: see common.Loader. magnitude in [0, 30]. Returns uint8.
     """
     for layer in range(layers):
-        operation = (plan.draw(f"operation {layer}", part) * len(OPERATIONS)).long()
-        sign = torch.where(plan.draw(f"sign {layer}", part) < 0.5, -1.0, 1.0)
+        operation = (draw(f"operation {layer}") * len(OPERATIONS)).long()
+        sign = torch.where(draw(f"sign {layer}") < 0.5, -1.0, 1.0)
         images = apply_operations(images, operation, sign, magnitude)
     return images
 
@@ -126,13 +143,22 @@ def shear_translate_rotate(images: Tensor, step: dict, magnitude: int, sign: Ten
     shear_x, shear_y = where("shear x", shear, zero), where("shear y", shear, zero)  # about the upper left corner
     shift_x = where("translate x", int(bin_of(150 / 331 * w, magnitude)) * sign, zero)
     shift_y = where("translate y", int(bin_of(150 / 331 * h, magnitude)) * sign, zero)
-    rows = [torch.stack([cos, shear_x - sin, shear_x * h / 2 - shift_x], 1), torch.stack([shear_y + sin, cos, shear_y * w / 2 - shift_y], 1)]
+    rows = [
+        torch.stack([cos, shear_x - sin, shear_x * h / 2 - shift_x], 1),
+        torch.stack([shear_y + sin, cos, shear_y * w / 2 - shift_y], 1),
+    ]
     x = torch.arange(w, device=images.device) + 0.5 - w / 2
     y = torch.arange(h, device=images.device) + 0.5 - h / 2
-    place = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)], -1).view(-1, 3)  # (H W, 3)
+    place = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)], -1).view(
+        -1, 3
+    )  # (H W, 3)
     grid = torch.stack([place @ rows[0].T / (w / 2), place @ rows[1].T / (h / 2)], -1)  # (H W, B, 2), in [-1, 1] inside
     grid = grid.view(h, w, n, 2).permute(2, 0, 1, 3)
-    return F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).round().to(torch.uint8)
+    return (
+        F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        .round()
+        .to(torch.uint8)
+    )
 
 
 def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> Tensor:
@@ -140,7 +166,9 @@ def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> T
     n, c, h, w = images.shape
     flat = images.view(n, c, h * w).long()
     value = torch.arange(256, device=images.device, dtype=torch.float32)
-    hist = torch.zeros(n, c, 256, device=images.device).scatter_add_(2, flat, torch.ones(1, device=images.device).expand(flat.shape))
+    hist = torch.zeros(n, c, 256, device=images.device).scatter_add_(
+        2, flat, torch.ones(1, device=images.device).expand(flat.shape)
+    )
     own, other = ratio.float()[:, None, None], (1 - ratio).float()[:, None, None]
     mean = grey_of(images.float()).floor().mean((1, 2, 3))[:, None, None]
 
@@ -153,8 +181,15 @@ def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> T
     equal[:, :, 0] = torch.where(unit[:, :, 0] > 0, 0, value[0])
 
     bits = 8 - round(4 * magnitude / 30)
-    tables = {"brightness": own * value, "contrast": own * value + other * mean, "posterize": (value / 2 ** (8 - bits)).floor() * 2 ** (8 - bits),
-              "solarize": torch.where(value >= 255 - bin_of(255, magnitude), 255 - value, value), "autocontrast": stretched, "equalize": equal, "invert": 255 - value}
+    tables = {
+        "brightness": own * value,
+        "contrast": own * value + other * mean,
+        "posterize": (value / 2 ** (8 - bits)).floor() * 2 ** (8 - bits),
+        "solarize": torch.where(value >= 255 - bin_of(255, magnitude), 255 - value, value),
+        "autocontrast": stretched,
+        "equalize": equal,
+        "invert": 255 - value,
+    }
     table = value.expand(n, c, 256)
     for name, entries in tables.items():
         table = torch.where(step[name][:, None, None], entries, table)

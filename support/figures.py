@@ -1,0 +1,170 @@
+"""The pictures that a run writes. Each function returns a matplotlib figure; matplotlib is imported when one is drawn.
+
+Letters in shapes: N samples, C classes, H and W pixels.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import write_atomically
+
+NAMES = ("curves", "confusion", "audit", "weights", "confidence", "mixtures", "generated")  # the files are <name>.png
+
+
+def new_figure(width: float, height: float, **options):
+    """A figure of so many inches. Names of classes are text: a dollar sign in them begins no formula."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure((width, height), **options)
+
+
+def render(figure) -> np.ndarray:
+    """uint8 (H, W, 3) of a figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(120)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
+
+
+def curves(history: list[dict], split: str):
+    """Accuracy against epoch: training, evaluation and, where known, the share of training labels that are correct."""
+    figure = new_figure(7, 4.2, layout="constrained")
+    axes = figure.subplots()
+    lines = (
+        ("accuracy/test", split, "tab:blue"),
+        ("accuracy/train", "train, on the current labels", "tab:orange"),
+        ("labels/accuracy", "training labels that are correct", "tab:green"),
+    )
+    for tag, name, colour in lines:
+        points = [(line["epoch"], 100 * line[tag]) for line in history if tag in line]
+        if points:
+            axes.plot(*zip(*points), label=name, color=colour, marker=".")
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def confusion(table: list[list[int]], classes: tuple[str, ...]):
+    """The row-normalised confusion matrix in per cent."""
+    counts = np.array(table, dtype=float)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = new_figure(1.6 + 0.75 * len(classes), 1.2 + 0.7 * len(classes), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for i, j in np.ndindex(shares.shape):
+        colour = "white" if shares[i, j] > 60 else "black"
+        axes.text(j, i, f"{shares[i, j]:.1f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted (%)", ylabel="label")
+    return figure
+
+
+def faces(images: Tensor, captions: list[str], colours: list[str], title: str, columns: int = 8):
+    """A grid of faces (N, C, H, W), uint8, with a caption in a colour under each."""
+    rows = -(-len(images) // columns)
+    height = 1.65 * rows + 0.4  # inches; placed by hand, since matplotlib's own layout of many axes takes seconds
+    figure = new_figure(1.35 * columns, height)
+    figure.suptitle(title, fontsize=11, y=1 - 0.15 / height, va="center")
+    cells = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    top, bottom = 1 - 0.35 / height, 0.4 / height
+    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, wspace=0.06, hspace=0.3)
+    for axes in cells:
+        axes.axis("off")
+    for axes, image, caption, colour in zip(cells, images, captions, colours):
+        axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        axes.set_title(caption, fontsize=8, color=colour, y=-0.3)
+    return figure
+
+
+def audit(train, current: Tensor, scores: Tensor, rows: list[int]):
+    """The faces `rows` of the training set, the most suspicious first: given label -> final label, and the score.
+
+    train: a Split. current: int64 (N,). scores: (N,).
+    """
+    arrow = "\N{RIGHTWARDS ARROW}"
+    captions = [
+        f"{train.classes[train.labels[i]]}\n{arrow} {train.classes[current[i]]} {scores[i]:.2f}" for i in rows
+    ]
+    title = "The most suspicious labels: given, then final label and score"
+    colours = ["black"] * len(rows)
+    if train.clean is not None:
+        colours = ["tab:green" if train.labels[i] != train.clean[i] else "tab:red" for i in rows]
+        title += " (green: the given label is indeed wrong)"
+    return faces(train.images[rows], captions, colours, title)
+
+
+def weights(train, current: Tensor, alpha: Tensor):
+    """SCN, Fig. 4: the training faces of the lowest importance alpha (N,), with their current labels, int64 (N,)."""
+    rows = alpha.argsort(stable=True)[:32].tolist()
+    captions = [f"{train.classes[current[i]]}\nalpha {alpha[i]:.2f}" for i in rows]
+    title = "The training faces of the lowest importance (Fig. 4)"
+    return faces(train.images[rows], captions, ["black"] * len(rows), title)
+
+
+def confidence(train, probs: Tensor, count: int = 32):
+    """NCCTFER, Fig. 9: the first training faces, the same in every run, with the confidence of given and predicted label.
+
+    probs: (N, C).
+    """
+    rows = list(range(min(count, len(train.names))))
+    predicted = probs.argmax(1)
+    captions = [
+        f"{train.classes[train.labels[i]]} {probs[i, train.labels[i]]:.2f}\n"
+        f"{train.classes[predicted[i]]} {probs[i].max():.2f}"
+        for i in rows
+    ]
+    wrong = [train.clean is not None and bool(train.clean[i] != train.labels[i]) for i in rows]
+    title = "Confidence of given, then predicted label (red: the given label is wrong)"
+    return faces(train.images[rows], captions, ["tab:red" if w else "black" for w in wrong], title)
+
+
+def mixtures(losses: Tensor, train, fit, per_class: bool):
+    """Two-stage cycle: the losses (N,) of each class, where known of correct and wrong labels apart, and their mixture.
+
+    fit(losses scaled to [0, 1]) -> weights, means, variances of two Gaussians. per_class: one mixture for each class;
+    otherwise one for all, in a panel of its own.
+    """
+    losses = losses.double().cpu()
+    groups = {name: train.labels == c for c, name in enumerate(train.classes)}
+    if not per_class:
+        groups = {"all classes": torch.ones_like(train.labels, dtype=torch.bool)} | groups
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = new_figure(3.2 * columns, 2.4 * rows, layout="constrained")
+    for k, (name, members) in enumerate(groups.items()):
+        axes, own = figure.add_subplot(rows, columns, k + 1), losses[members]
+        axes.set_title(name, fontsize=9)
+        if len(own) < 2 or own.max() == own.min():
+            continue
+        low, span = own.min(), own.max() - own.min()
+        parts = {"all labels": own}
+        if train.clean is not None:
+            correct = (train.labels == train.clean)[members]
+            parts = {"correct": own[correct], "wrong": own[~correct]}
+        colours = ["tab:blue", "tab:red"][: len(parts)]
+        bars = [part.numpy() for part in parts.values()]
+        axes.hist(bars, 40, stacked=True, density=True, color=colours, label=list(parts))
+        if per_class or k == 0:
+            x = torch.linspace(0, 1, 300, dtype=torch.float64)
+            for weight, mean, variance in zip(*fit((own - low) / span)):
+                density = torch.distributions.Normal(mean, variance.sqrt()).log_prob(x).exp()
+                axes.plot(low + span * x, weight * density / span, color="black", linewidth=1)
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle("Loss of the averaged network on the given labels, and the mixture of two Gaussians", fontsize=10)
+    return figure

@@ -1,0 +1,139 @@
+"""--evaluate and --predict: a trained model.pt at work, and how it is restored."""
+
+import argparse
+import csv
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import UserError, accuracy_scalars, confusion_matrix, find_device, load_checkpoint, write_atomically
+from support import figures
+from support.datasets import IMAGE_SUFFIXES, decode, decode_all, read_index
+
+EVALUATION, PREDICTIONS = ("evaluation.json", "confusion.png"), ("predictions.csv", "predictions.png")
+
+
+def load_model(path, device: torch.device, restore: Callable | None = None, method: str | None = None):
+    """The content of a model.pt, and its model as a function of images.
+
+    restore: that of the script which calls; without it that of the script `<method>.py` beside common.py. method: refuse
+    checkpoints of another one. The function takes uint8 images (N, C, H, W) and returns softmax outputs (N, classes), and
+    valence and arousal (N, 2) or None, on the CPU. Raises UserError with the path for any other kind of file.
+    """
+    state = load_checkpoint(path)
+    kinds = {"method": str, "classes": list, "args": dict, "networks": list}
+    if not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path}: not a model.pt of a finished run")
+    if method is not None and state["method"] != method:
+        raise UserError(f"{path}: a checkpoint of {state['method']}, not of {method}")
+    if restore is None:
+        restore = restore_of(state["method"], path)
+    args = argparse.Namespace(**{str(key): value for key, value in state["args"].items()})
+    args.pretrained, args.compile = "none", False
+    try:
+        if not all(torch.isfinite(v).all() for weights in state["networks"] for v in weights.values()):
+            raise UserError(f"{path}: holds weights that are not finite numbers")
+        predictor = restore(state["networks"], args, len(state["classes"]), device)
+        predictor(torch.zeros(2, 3, args.size, args.size, dtype=torch.uint8))  # every argument that matters is used
+    except UserError:
+        raise
+    except Exception as error:  # weights and arguments of any kind may stand in a file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: the weights do not fit the arguments beside them ({reason})") from None
+    return state, predictor
+
+
+def restore_of(method: str, path) -> Callable:
+    """`restore` of the script of that name beside common.py."""
+    if not method.isidentifier() or not (Path(__file__).parent.parent / f"{method}.py").is_file():
+        raise UserError(f"{path}: a checkpoint of {method!r}, and there is no script of that name here")
+    restore = getattr(importlib.import_module(method), "restore", None)
+    if restore is None:
+        raise UserError(f"{path}: a checkpoint of {method!r}, whose script has no function restore")
+    return restore
+
+
+def use_checkpoint(args, restore: Callable) -> int:
+    """--evaluate CHECKPOINT or --predict CHECKPOINT PATHS; writes into the folder of --out and --name. Returns 0.
+
+    restore(states, args, num_classes, device): the networks of a model.pt as a function of images. Raises UserError for a
+    checkpoint of another method, other classes, images that cannot be read, or a folder that is there already (without
+    --overwrite; with it, one that holds anything else than an evaluation or predictions).
+    """
+    path = Path(args.evaluate or args.predict[0])
+    folder = Path(args.out) / args.name
+    state, predictor = load_model(path, find_device(args.device), restore, args.method)
+    if folder.exists() and not args.overwrite:
+        raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
+    if folder.exists() and {file.name for file in folder.iterdir()} - {*EVALUATION, *PREDICTIONS}:
+        raise UserError(f"{folder} holds other files than an evaluation or predictions: give another --name")
+    (evaluate_checkpoint if args.evaluate else predict_images)(args, state, predictor, folder)
+    return 0
+
+
+def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) -> None:
+    """Accuracy, mean class accuracy, a table per class and the confusion matrix on the evaluated split of --data."""
+    args.size, known = state["args"]["size"], state["classes"]
+    index = read_index(args, args.split)
+    if set(index.classes) != set(known):
+        raise UserError(f"the model knows the classes {', '.join(known)}, --data {args.data} has "
+                        f"{', '.join(index.classes)}; --classes 7 drops contempt")
+    probs, _ = predictor(decode_all(index, args, args.split))
+    probs = probs[:, [known.index(name) for name in index.classes]]  # into the order of the data set
+    labels = torch.tensor(index.labels)
+    table = confusion_matrix(probs.argmax(1), labels, len(index.classes))
+    scalars = accuracy_scalars(table, index.classes)
+    width = max(map(len, [*index.classes, "mean class accuracy"]))
+    print(f"{args.evaluate} on {args.data} {args.split}, {len(labels):,} images")
+    for name, row in zip(index.classes, table):
+        tag = f"accuracy/class/{name}"
+        print(f"{name:{width}}  {f'{scalars[tag]:7.2%}' if tag in scalars else '      -'} of {sum(row):,}")
+    print(f"{'accuracy':{width}}  {scalars['accuracy/test']:7.2%}")
+    print(f"{'mean class accuracy':{width}}  {scalars['accuracy/test_mean_class']:7.2%}")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures.save_png(folder / "confusion.png", figures.render(figures.confusion(table, index.classes)))
+    record = {"checkpoint": args.evaluate, "data": args.data, "root": str(args.root), "split": args.split}
+    record |= {"images": len(labels), **scalars, "classes": list(index.classes), "confusion": table}
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(folder / "evaluation.json", lambda file: file.write_text(text))
+    print(f"{folder}: {', '.join(EVALUATION)}")
+
+
+def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None:
+    """predictions.csv, a line per image: its name, class and the probability of each class; and a sheet of the first."""
+    paths = []
+    for given in map(Path, args.predict[1:]):
+        if given.is_dir():
+            found = [p for p in sorted(given.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            # not the sheet of align_faces.py
+            paths += [p for p in found if p.name != "faces.png" or not p.with_suffix(".csv").exists()]
+        else:
+            paths.append(given)  # whatever its suffix: a file that is no image is an error
+    if not paths:
+        raise UserError(f"--predict: no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(args.predict[1:])}")
+    size, classes, parts, shown = state["args"]["size"], state["classes"], [], None
+    for start in range(0, len(paths), 512):  # never all in memory
+        batch = [decode(path, (size, size), grey=False) for path in paths[start : start + 512]]
+        images = torch.from_numpy(np.stack(batch))
+        parts.append(predictor(images)[0])
+        shown = images[:32] if shown is None else shown
+    probs = torch.cat(parts)
+    captions = [f"{classes[p.argmax()]} {p.max():.2f}" for p in probs[: len(shown)]]
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = figures.faces(shown, captions, ["black"] * len(shown), "Predicted class and its probability")
+    figures.save_png(folder / "predictions.png", figures.render(sheet))
+    write_atomically(folder / "predictions.csv", lambda file: write_predictions(file, paths, probs, classes))
+    print(f"{folder}: predictions.csv ({len(paths):,} images), predictions.png")
+
+
+def write_predictions(file: Path, paths: list[Path], probs: Tensor, classes: list[str]) -> None:
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(["name", "class", *classes])
+        for path, p in zip(paths, probs):
+            rows.writerow([path.as_posix(), classes[p.argmax()], *(f"{value:.6f}" for value in p.tolist())])

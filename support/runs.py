@@ -1,0 +1,627 @@
+"""Command line, presets and the run folder of the method scripts.
+
+A script takes from here, in this order: Parser, add_data_args, add_training_args, parse_with_presets; reports_errors
+around its main; Run around its training.
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from common import (
+    BACKBONES,
+    PRETRAINED,
+    UserError,
+    accuracy_scalars,
+    backbone_of,
+    confusion_matrix,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from support import figures
+from support.datasets import Split
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one run folder are not noticed there
+    fcntl = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors, signals and streams
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tolerant:
+    """A text stream whose reader may go away (`| head -1`, a closed terminal): what is written after that is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before Python began
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # a name may not fit the terminal's encoding
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work, *args) -> None:
+        try:
+            work(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def reports_errors(main):
+    """Decorator of a script's main(argv=None) -> int: 0 is success, 2 bad input (one line on stderr), 130 interrupted.
+
+    A file that cannot be written (no such folder, no space) counts as bad input. SIGTERM and SIGHUP end like Ctrl-C. A
+    standard stream that nobody reads any more ends nothing.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None) -> int:
+        streams, handlers = (sys.stdout, sys.stderr), {}
+        sys.stdout, sys.stderr = map(Tolerant, streams)
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            for name in ("SIGTERM", "SIGHUP"):
+                if number := getattr(signal, name, None):
+                    handlers[number] = signal.signal(number, interrupt)
+        try:
+            return main(argv)
+        except (UserError, OSError) as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            return 2
+        except SystemExit as exit_:  # argparse: 0 after --help, 2 after a bad argument
+            return exit_.code or 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            sys.stdout, sys.stderr = streams
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+DATA_SETS = ("toy", "raf", "ferplus", "affectnet", "affectnet-auto", "cifar10", "folder")
+# These say where a run lies, not what it computes.
+NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite", "evaluate", "predict", "method", "preset", "argv")
+
+
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Help that ends in the value in force, where there is one."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if "%(default)s" in text or action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool):
+            return text
+        return f"{text} (default: %(default)s)".strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line. The name of a script's file is the name of its method."""
+
+    def __init__(self, file: str, doc: str):
+        super().__init__(Path(file).name, description=doc.split("\n\n")[0], formatter_class=HelpWithDefaults)
+        self.method = Path(file).stem
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+    def parse_early(self, argv) -> argparse.Namespace:
+        """The flags on which defaults depend, before the final parse: --help has to wait for these."""
+        argv = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+
+
+def number(kind, low, high=math.inf, open_low=False, open_high=False):
+    """An argparse type: a number of `kind` (int or float) in [low, high], or without an end that is open."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (open_low and value == low) or (open_high and value == high):
+            left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+            raise argparse.ArgumentTypeError(f"{text} is outside {left}{low}, {high}{right}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int = number(int, 1, 10**9)
+seed_number = number(int, 0, 2**63 - 1)
+
+
+def add_index_args(parser, several: bool = False) -> None:
+    """Which training images with which labels: what inject_noise.py takes too. several: --noise takes several rates."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=DATA_SETS, default="toy", help="data set; toy is drawn and needs no files")
+    add("--root", help="folder of the data set")
+    rate = dict(type=number(float, 0, 1, open_high=True), metavar="RATE")
+    if several:
+        add("--noise", nargs="+", default=[0.0], help="share of each class's training labels that is made wrong, one "
+            "for each label set", **rate)
+    else:
+        add("--noise", default=0.0, help="share of each class's training labels that is made wrong", **rate)
+    add("--noise-type", choices=("symmetric", "asymmetric"), default="symmetric",
+        help="to any other class, or to the class's confusion partner")
+    add("--noise-seed", type=seed_number, help="seed of the noise; without this flag that of --seed")
+    add("--classes", type=int, choices=(7, 8), help="expression classes to keep: 7 is without contempt")
+    add("--limit", type=positive_int, metavar="N", help="train on a fixed stratified subset of N images")
+    add("--difficulty", type=number(float, 0, 1), default=0.0, help="toy only: 0 draws clear faces, 1 subtle ones")
+    add("--seed", type=seed_number, default=1, help="seed of weights, order, augmentation and noise")
+
+
+def add_data_args(parser, several: bool = False) -> None:
+    """The options that `load_data` reads; with several label sets --noise and --labels are lists."""
+    add_index_args(parser, several)
+    add = parser.add_argument_group("images and labels").add_argument
+    if several:
+        add("--labels", metavar="FILE", nargs="+", help="training labels from files, one for each label set; excludes "
+            "--noise")
+    else:
+        add("--labels", metavar="FILE", help="training labels from a file; excludes --noise")
+    add("--split", choices=("test", "valid"), default="test", help="what is evaluated; valid: for choosing settings")
+    add("--size", type=number(int, 16, 4096), help="pixels of the square network input")
+    add("--cache", default="cache", metavar="DIR", help="where decoded images are kept")
+
+
+def add_training_args(parser, backbone: bool = True) -> None:
+    """backbone: with the options of a backbone that ends in a linear head."""
+    add = parser.add_argument_group("training").add_argument
+    if backbone:
+        add("--backbone", choices=tuple(BACKBONES), default="resnet18", help="network below the classification layer")
+        names = ",".join(["none", "imagenet", *(name for name in PRETRAINED if name[0] != "."), "PATH"])
+        add("--pretrained", default="none", metavar=f"{{{names}}}", help="weights that the backbone starts from")
+        add("--head-lr", type=number(float, 0, open_low=True), help="learning rate of the other layers")
+    add("--epochs", type=positive_int, help="passes over the training set")
+    add("--batch-size", type=number(int, 2), help="images a step")
+    add("--lr", type=number(float, 0, open_low=True), help="learning rate of the backbone" if backbone else "learning rate")
+    add("--oversample", action=argparse.BooleanOptionalAction, default=False,
+        help="class-balanced sampling by the labels that are trained on (default: on AffectNet only)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is computed natively")
+    add("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, for long runs only")
+    add = parser.add_argument_group("trained models").add_argument
+    add("--evaluate", metavar="CHECKPOINT", help="no training: test the model.pt of a run on --data, classes matched by "
+        "name")
+    add("--predict", nargs="+", metavar=("CHECKPOINT", "PATH"), help="no training: predict images and folders of images "
+        "with the model.pt of a run; writes predictions.csv")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="runs", metavar="DIR", help="folder of the runs")
+    add("--name", help="name of the run (default: made of method, data, noise, changed flags and seed)")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--overwrite", action="store_true", help="replace a run that is there")
+
+
+def preset_of(presets: dict, data: str, pretrained: str) -> tuple[str, dict]:
+    """The name of the preset in force, and its values.
+
+    presets: {"scratch": {...}, "pretrained": {...}} and refinements, "<either> <data set>" and "pretrained <backbone>".
+    """
+    start = "scratch" if pretrained == "none" else "pretrained"
+    values = presets[start]
+    if backbone := backbone_of(pretrained):
+        values = values | {"backbone": backbone, "size": BACKBONES[backbone].size}
+        values |= presets.get(f"{start} {backbone}", {})
+        start = f"{start} {backbone}"
+    return f"{start} {data}", values | presets.get(f"{start} {data}", {})
+
+
+def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespace:
+    """Parse argv with defaults that depend on --data and --pretrained; explicit flags win.
+
+    presets: see `preset_of`. Returns the namespace, with root, noise_seed and name filled in, and three that are no
+    settings: method; preset, a line with the values in force; and argv.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    early = parser.parse_early(argv)
+    kind, preset = preset_of(presets, early.data, getattr(early, "pretrained", "none"))
+    parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, **preset)
+    parser.set_defaults(oversample=early.data.startswith("affectnet"))
+    args = parser.parse_args(argv)
+    check_data_args(args, parser)
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite discards it: give one of them")
+    if args.evaluate and args.predict:
+        parser.error("--evaluate and --predict are two jobs: give one of them")
+    if args.predict and len(args.predict) < 2:
+        parser.error("--predict takes a model.pt and then images or folders of images")
+    args.method = parser.method
+    if args.name is None:
+        args.name = default_name(args, parser)
+        if used := args.evaluate or (args.predict or [None])[0]:
+            on = ["on", args.data, args.split] if args.split != "test" else ["on", args.data]
+            what = "predictions" if args.predict else "-".join(on)
+            args.name = f"{Path(used).resolve().parent.name}-{what}"
+    elif not re.fullmatch(r"(?!\.+$)[^/\\\0]+", args.name):
+        parser.error(f"--name {args.name!r}: the name of one folder, without separators; --out says where it lies")
+    args.argv = argv
+    args.preset = f"preset {kind}: " + ", ".join(f"{key} {getattr(args, key)}" for key in preset)
+    return args
+
+
+def check_data_args(args, parser) -> None:
+    if args.labels and np.any(args.noise):
+        parser.error("--labels and --noise exclude each other: the file brings its own noise")
+    if args.difficulty and args.data != "toy":
+        parser.error("--difficulty is for --data toy alone")
+    if args.root != parser.get_default("root") and args.data == "toy":
+        parser.error("--data toy is drawn, not read: it takes no --root")
+
+
+def default_name(args, parser: Parser) -> str:
+    """`<method>-<data>-n<noise>-<flags that differ from the preset>-s<seed>`, in characters that any file system takes."""
+    skip = ("data", "noise", "seed", "device", *NOT_SETTINGS, *(["root"] if args.data != "folder" else []))
+    changed = []
+    for key, value in vars(args).items():
+        if key in skip or value == parser.get_default(key):
+            continue
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            changed.append(flag if value else f"no-{flag}")
+        else:
+            changed.append(flag + re.sub(r"[^\w.]+", "_", Path(value).stem if isinstance(value, str) else str(value)))
+    rates = "-".join(f"{rate:g}" for rate in np.atleast_1d(args.noise))
+    return "-".join([parser.method, args.data, f"n{rates}", *changed, f"s{args.seed}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What a run writes, in the order of removal; events.out.tfevents.* beside it.
+OUTPUTS = ["model.pt", "last.pt", "metrics.jsonl", "labels.csv", *(f"{name}.png" for name in figures.NAMES), "args.json"]
+
+
+class Run:
+    """The folder runs/<name>/ of one training run: what is in it, who may write there, and how it is resumed.
+
+    Use as a context around everything from loading the data on. Raises UserError for a folder that is in use, that
+    holds a finished run, an unfinished one without --resume, files that are not a run's, or with --resume a run with
+    other arguments or other data.
+    """
+
+    def __init__(self, args):
+        self.args, self.folder = args, Path(args.out) / args.name
+        self.lock = self.writer = None
+        self.settings = {key: value for key, value in vars(args).items() if key not in ("preset", "argv")}
+
+    def __enter__(self):
+        self.refuse_strangers()
+        self.new = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            self.claim()
+        except BaseException:
+            self.lock.close()
+            raise
+        return self
+
+    def claim(self) -> None:
+        """Take the lock first; only then what is in the folder is looked at, and nobody else can change it."""
+        args = self.args
+        if fcntl:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
+            except OSError:
+                raise UserError(f"{self.folder} is in use by another process; --name NAME starts another run beside it") from None
+        self.refuse_strangers()
+        beside = "--name NAME starts another beside it"
+        if (self.folder / "model.pt").exists() and not args.overwrite:
+            also = "there is nothing left to --resume" if args.resume else "--resume is for unfinished ones"
+            raise UserError(f"{self.folder} holds a finished run: --overwrite replaces it, {beside}; {also}")
+        if (self.folder / "last.pt").exists() and not (args.resume or args.overwrite):
+            raise UserError(f"{self.folder} holds an unfinished run: --resume goes on with it, --overwrite discards it, {beside}")
+        if (self.folder / "last.pt").exists() and args.resume:
+            self.refuse_changes()
+
+    def refuse_strangers(self) -> None:
+        """A folder is a run's only if its args.json says so; anything else that is not empty is refused."""
+        if self.folder.is_dir() and any(file.name != ".lock" and ".tmp" not in file.name for file in self.folder.iterdir()):
+            if "method" not in self.read_record():
+                raise UserError(f"{self.folder} holds files that are not a run's (no args.json of one): give another --name")
+
+    def read_record(self) -> dict:
+        """args.json; {} if it is missing or damaged."""
+        try:
+            record = json.loads((self.folder / "args.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def refuse_changes(self) -> None:
+        before, now = self.read_record(), json.loads(json.dumps(self.settings))
+        if before["method"] != now["method"]:
+            raise UserError(f"{self.folder} holds a run of {before['method']}, not of {now['method']}")
+        for key in now:
+            if key not in NOT_SETTINGS and now[key] != before.get(key):
+                raise UserError(f"--resume: {key} was {before.get(key)} in {self.folder} and is {now[key]} now; "
+                                "give the same arguments, or another --name")
+
+    def epochs(self, train: Split, test: Split, **parts):
+        """Yield the epochs that are left to train, 1 .. --epochs; an interrupted run goes on after its last one.
+
+        parts: everything that changes while training, by name: modules, optimisers, schedulers (whatever has a
+        state_dict) and tensors, which are restored in place.
+        """
+        self.train, self.test, self.parts = train, test, parts
+        data = fingerprint(train, test)
+        print(f"{self.folder}; {self.args.preset}")
+        for file in self.folder.glob("*.tmp*"):  # what a kill in the middle of write_atomically left
+            file.unlink()
+        done = 0
+        if self.args.resume and (self.folder / "last.pt").exists():
+            done = self.restore(data)
+            print(f"{self.folder}: going on after epoch {done}")
+        else:
+            for file in [*(self.folder / name for name in OUTPUTS), *self.folder.glob("events.out.tfevents.*")]:
+                file.unlink(missing_ok=True)
+            about = {"argv": self.args.argv, "versions": versions(), "commit": commit(), "fingerprint": data}
+            text = json.dumps(self.settings | about, indent=1) + "\n"
+            write_atomically(self.folder / "args.json", lambda path: path.write_text(text))
+        # purge_step: TensorBoard drops what a killed run logged after its last checkpoint
+        self.writer = summary_writer(self.folder, purge_step=done + 1 if done else None)
+        for self.epoch in range(done + 1, self.args.epochs + 1):
+            self.began = time.perf_counter()
+            yield self.epoch
+
+    def restore(self, data: dict) -> int:
+        """Put back the parts of last.pt and the lines of metrics.jsonl; returns the last finished epoch."""
+        record, path = self.read_record(), self.folder / "last.pt"
+        for what, value in data.items():
+            if value != record.get("fingerprint", {}).get(what):
+                raise UserError(f"--resume: the {what} are not those that {self.folder} was begun with; "
+                                "put them back, or give another --name")
+        if record.get("commit") != commit():
+            print(f"warning: {self.folder} was begun with another version of the code (commit {record.get('commit')})")
+        state = load_checkpoint(path)
+        try:
+            for name, part in self.parts.items():
+                if isinstance(part, Tensor):
+                    part.copy_(state[name])
+                else:
+                    part.load_state_dict(state[name])
+            done, self.table = int(state["epoch"]), state["table"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: does not fit this script ({reason}); --overwrite discards the run") from None
+        lines = self.history()[:done]  # a line may be ahead of the checkpoint
+        if [line["epoch"] for line in lines] != list(range(1, done + 1)):
+            raise UserError(f"{self.folder / 'metrics.jsonl'}: does not have the {done} lines of {path}; "
+                            "put it back, or --overwrite discards the run")
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write_text(text))
+        return done
+
+    def __exit__(self, kind, error, trace):
+        if self.writer:
+            self.writer.close()
+        elif self.new:  # training never began: leave nothing behind
+            (self.folder / ".lock").unlink(missing_ok=True)
+            try:
+                self.folder.rmdir()
+            except OSError:
+                pass  # not empty: somebody else's by now
+        self.lock.close()
+        if kind is KeyboardInterrupt and self.writer:
+            print(f"\n{self.folder}: the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        if kind is FloatingPointError:
+            last = f"{self.folder / 'last.pt'} (epoch {self.epoch - 1})" if self.epoch > 1 else "none"
+            raise UserError(f"the loss is not finite in epoch {self.epoch}, {error}; last good checkpoint: {last}") from None
+
+    def history(self) -> list[dict]:
+        """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
+
+        Raises UserError for any other line that is damaged.
+        """
+        path = self.folder / "metrics.jsonl"
+        try:
+            *lines, rest = path.read_text().split("\n")
+            records = [json.loads(line) for line in lines]
+            if not all(isinstance(record["epoch"], int) for record in records):
+                raise TypeError
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: has a damaged line; mend it, or --overwrite discards the run") from None
+        return records
+
+    def end_epoch(self, epoch: int, scalars: dict, probs: Tensor, labels: Tensor | None = None) -> None:
+        """A line in metrics.jsonl and on the screen, scalars in TensorBoard, then last.pt.
+
+        scalars: of the epoch, by tag. probs: (N, C), of the evaluated split. labels: int64 (N,), the current labels of the
+        training set, of a method that changes them.
+        """
+        predicted = probs.argmax(1).cpu()
+        self.table = confusion_matrix(predicted, self.test.labels, len(self.test.classes))
+        if labels is not None:
+            scalars = scalars | label_scalars(self.train.labels, labels.cpu(), self.train.clean)
+        scalars = scalars | accuracy_scalars(self.table, self.test.classes)
+        seconds = time.perf_counter() - self.began
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"epoch": epoch, "seconds": round(seconds, 2), **scalars}) + "\n")
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, epoch)
+        self.writer.flush()
+        shown = [f"loss {scalars['loss/total']:.3f}", f"train {scalars['accuracy/train']:.1%}",
+                 f"{self.args.split} {scalars['accuracy/test']:.1%}"]
+        shown += [f"relabelled {scalars['relabel/changed']}"] if "relabel/changed" in scalars else []
+        shown += [f"correct labels {scalars['labels/accuracy']:.1%}"] if "labels/accuracy" in scalars else []
+        state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.folder / "last.pt", method=self.args.method, epoch=epoch, table=self.table, **state)
+        print(f"epoch {epoch:3d}/{self.args.epochs}  " + "  ".join(shown) + f"  {seconds:.1f} s", flush=True)
+
+    def finish(self, probs: Tensor, networks: list[nn.Module], labels: Tensor | None = None, **pictures) -> None:
+        """Write the label audit, the figures, TensorBoard's hparams and, last, model.pt; print best, last5 and final.
+
+        probs: (N, C), of the unaugmented training set after the last epoch. networks: what predicts. labels: see
+        `end_epoch`. pictures: name -> a function that draws one more figure.
+        """
+        train, probs = self.train, probs.float().cpu()
+        current = train.labels if labels is None else labels.cpu()
+        scores = audit_scores(probs, train.labels)
+        order = scores.argsort(descending=True, stable=True).tolist()
+        self.write_audit(current, scores, order)
+        history, drawn = self.history(), []
+        pictures = {
+            "curves": lambda: figures.curves(history, self.args.split),
+            "confusion": lambda: figures.confusion(self.table, train.classes),
+            "audit": lambda: figures.audit(train, current, scores, order[:32]),
+        } | pictures
+        for name, draw in pictures.items():
+            try:
+                pixels = figures.render(draw())
+            except Exception as error:  # what trained is worth more than a figure
+                print(f"warning: {name}.png could not be drawn ({type(error).__name__}: {error})", file=sys.stderr)
+                continue
+            figures.save_png(self.folder / f"{name}.png", pixels)
+            self.writer.add_image(name, pixels, self.args.epochs, dataformats="HWC")
+            drawn.append(f"{name}.png")
+        results = summary(history)
+        self.write_hparams(results)
+        self.writer.flush()
+        save_checkpoint(self.folder / "model.pt", method=self.args.method, classes=list(train.classes),
+                        args=json.loads(json.dumps(self.settings)), networks=[n.state_dict() for n in networks])
+        if train.clean is not None:
+            first = order[:100]
+            wrong = (train.labels != train.clean)[first].sum().item()
+            print(f"label audit: of the first {len(first)} rows of labels.csv {wrong} are labels that the noise made wrong")
+        print(f"{self.folder}: labels.csv, {', '.join(drawn)}, metrics.jsonl, model.pt; tensorboard --logdir {self.args.out}")
+        split = self.args.split
+        print(f"best   {results['best']:.2%} of {split} (epoch {results['best_epoch']}; the epoch is selected on this very split)")
+        print(f"last5  {results['last5']:.2%} (mean of the last {min(5, len(history))} epochs)")
+        print(f"final  {results['final']:.2%}")
+
+    def write_audit(self, current: Tensor, scores: Tensor, order: list[int]) -> None:
+        """labels.csv: name,given,final,score[,clean], a row per training image, in `order`."""
+        train = self.train
+        columns = [[train.classes[label] for label in labels.tolist()] for labels in (train.labels, current)]
+        clean = [] if train.clean is None else [[train.classes[label] for label in train.clean.tolist()]]
+
+        def write(path):
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file, lineterminator="\n")
+                rows.writerow(["name", "given", "final", "score", *["clean"] * len(clean)])
+                for i in order:
+                    rows.writerow([train.names[i], *(c[i] for c in columns), f"{scores[i]:.6f}", *(c[i] for c in clean)])
+
+        write_atomically(self.folder / "labels.csv", write)
+
+    def write_hparams(self, results: dict) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in self.settings.items()}
+        metrics = {f"hparam/{key}": results[key] for key in ("best", "last5", "final")}
+        for part in hparams(plain, metrics):  # add_hparams would make a run of its own beside this one
+            self.writer.file_writer.add_summary(part)
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, self.args.epochs)
+
+
+def fingerprint(train: Split, test: Split) -> dict[str, str]:
+    """What a resumed run must find again: a hash for each of names, classes, labels and images (of 64 of them)."""
+
+    def digest(*things) -> str:
+        return hashlib.sha256(b"".join(x.numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in things)).hexdigest()
+
+    some = [split.images[:: max(1, len(split.images) // 32)].contiguous() for split in (train, test)]
+    return {
+        "image names": digest(train.names, test.names),
+        "classes": digest(train.classes, test.classes),
+        "given labels": digest(train.labels, test.labels),
+        "images": digest(*some),
+    }
+
+
+def label_scalars(given: Tensor, current: Tensor, clean: Tensor | None) -> dict[str, float]:
+    """relabel/changed and, where the clean labels are known, labels/accuracy, relabel/precision and relabel/recall.
+
+    given, current, clean: int64 (N,). Precision is left out while no label is changed, recall if none is corrupted.
+    """
+    changed = current != given
+    scalars = {"relabel/changed": changed.sum().item()}
+    if clean is not None:
+        correct, corrupted = current == clean, given != clean
+        scalars["labels/accuracy"] = correct.float().mean().item()
+        if changed.any():
+            scalars["relabel/precision"] = correct[changed].float().mean().item()
+        if corrupted.any():
+            scalars["relabel/recall"] = correct[corrupted].float().mean().item()
+    return scalars
+
+
+def audit_scores(probs: Tensor, given: Tensor) -> Tensor:
+    """How suspicious each given label is, (N,) in [0, 1]: max_k p_k - p_given. probs: (N, C) on unaugmented images."""
+    return probs.amax(1) - probs.gather(1, given[:, None])[:, 0]
+
+
+def summary_writer(folder, purge_step: int | None = None):
+    """TensorBoard's writer of event files, kept from importing TensorFlow where that is installed (10 s and 0.6 GB)."""
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard asks for this module
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=purge_step)
+
+
+def summary(history: list[dict]) -> dict[str, float]:
+    """best (highest test accuracy of any epoch), last5 (mean of the last five), final, as fractions, and best_epoch."""
+    accuracies = [line["accuracy/test"] for line in history]
+    last5, best = accuracies[-5:], max(accuracies)
+    epoch = history[accuracies.index(best)]["epoch"]
+    return {"best": best, "last5": sum(last5) / len(last5), "final": accuracies[-1], "best_epoch": epoch}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def commit() -> str | None:
+    """The commit of the scripts' own checkout, with "+" if it was changed; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def ask(*words) -> str:
+        return subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        head, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+" if changes else head
