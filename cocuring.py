@@ -5,9 +5,9 @@ minimises (1 - lambda) cross-entropy + lambda KL(peer || itself), and lambda gro
 clean labels before mimicry keeps the networks from memorising the wrong ones. After a warm-up a label is replaced where
 both networks agree on another class by a margin delta.
 
-    python cocuring.py --data toy --noise 0.4                                  # needs no data, under 4 minutes on 2 cores
-    python cocuring.py --data toy --noise 0.4 --lambda-max 0 --no-relabel      # the baseline of Table 2
-    python cocuring.py --data raf --root data/raf --noise 0.2 --pretrained resnet18_msceleb.pth
+    python cocuring.py --data toy --noise 0.4                                  # needs no data, under 4 minutes on 2
+    cores python cocuring.py --data toy --noise 0.4 --lambda-max 0 --no-relabel      # the baseline of Table 2 python
+    cocuring.py --data raf --root data/raf --noise 0.2 --pretrained resnet18_msceleb.pth
 
 Measured (docs/cocuring.md): toy, 40 % noise, 3 seeds, CPU: last5 99.5 +- 0.1 % against 88.2 +- 1.9 % for the baseline
 and 99.8 +- 0.1 % for clean labels. FERPlus (10,000 images, from scratch, one seed): 69.0 %, its baseline 69.6 %.
@@ -16,7 +16,6 @@ and 99.8 +- 0.1 % for clean labels. FERPlus (10,000 images, from scratch, one se
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 from support.augmentation import augment
 from support.datasets import load_data
@@ -50,19 +49,20 @@ def parse_args(argv=None):
     add("--warm-up", type=number(int, 0), help="first epochs without relabelling, t_warm (ours: not in the paper)")
     add("--beta", type=number(float, 0), help="shape of lambda's ramp-up, Eq. 3 (paper, Sec. 4.2: 0.65; ours from "
         "scratch: 6, networks that are mostly wrong have nothing to mimic)")
-    add("--lambda-max", type=number(float, 0, 1), default=0.9, help="largest weight of the mimicry loss (paper, Sec. 4.2)")
+    add("--lambda-max", type=number(float, 0, 1), default=0.9, help="largest weight of the mimicry loss (paper, Sec. "
+        "4.2)")
     add("--ramp", type=number(float, 0, 1), default=0.9, help="t_r / t_max, when lambda reaches its maximum (official "
         "code; the paper does not say)")
     add("--delta", type=number(float, 0, 1), help="margin of relabelling, Eq. 4 (ours: not in the paper)")
     add("--no-relabel", dest="relabel", action="store_false", help="Table 2, 'No relabeling'")
-    add("--networks", type=int, choices=(1, 2), default=2, help="1, with --lambda-max 0 --no-relabel: plain training of "
-        "one network (paper, Sec. 3: 2)")
-    add("--decay", type=number(float, 0, 1, open_low=True), default=0.95, help="factor on the learning rates after each "
-        "epoch (paper, Sec. 4.2)")
-    add("--jitter", type=number(float, 0, 1), default=0.2, help="colour jitter: brightness, contrast, saturation within "
-        "1 +- this (paper, Sec. 4.2, names it; strength ours)")
-    add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours from scratch on "
-        "real faces: a twelfth of the size, without it the networks memorise from epoch 8 on)")
+    add("--networks", type=int, choices=(1, 2), default=2, help="1, with --lambda-max 0 --no-relabel: plain training "
+        "of one network (paper, Sec. 3: 2)")
+    add("--decay", type=number(float, 0, 1, open_low=True), default=0.95, help="factor on the learning rates after "
+        "each epoch (paper, Sec. 4.2)")
+    add("--jitter", type=number(float, 0, 1), default=0.2, help="colour jitter: brightness, contrast, saturation "
+        "within 1 +- this (paper, Sec. 4.2, names it; strength ours)")
+    add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours from scratch "
+        "on real faces: a twelfth of the size, without it the networks memorise from epoch 8 on)")
     args = parse_with_presets(parser, PRESETS, argv)
     if args.networks == 1 and (args.lambda_max or args.relabel):
         parser.error("--networks 1 has no peer to mimic or to agree with: it needs --lambda-max 0 --no-relabel")
@@ -118,7 +118,7 @@ def relabel(probs1: Tensor, probs2: Tensor, labels: Tensor, delta: float) -> Ten
 
 
 def make_networks(args, num_classes: int, inputs: Tensor | None = None) -> nn.ModuleList:
-    """The peers: two backbones with linear heads, seeded differently (Algorithm 1, step 1). inputs: see make_backbone."""
+    """The peers: backbones with linear heads, seeded differently (Algorithm 1, step 1). inputs: see make_backbone."""
     networks = nn.ModuleList()
     for k in range(1, args.networks + 1):
         torch.manual_seed(common.seed_of("network", k, args.seed))
@@ -165,8 +165,10 @@ def train_one_epoch(networks, optimizer, batches, given: Tensor, current: Tensor
 
 @torch.no_grad()
 def predict(networks, inputs, args) -> Tensor:
-    """Softmax outputs of each network, (networks, N, C), in evaluation mode. inputs: batches of x; the method's answer is
-    the mean over the networks (Sec. 3.2.3)."""
+    """Softmax outputs of each network, (networks, N, C), in evaluation mode. inputs: batches of x.
+
+    The method's prediction is their mean over the networks (Sec. 3.2.3).
+    """
     networks.eval()
     probs = []
     for x in inputs:
@@ -177,9 +179,9 @@ def predict(networks, inputs, args) -> Tensor:
 
 def restore(states: list[dict], args, num_classes: int, device):
     """The trained networks as a function of images, see support/inference.py."""
-    networks = make_networks(args, num_classes).to(device, memory_format=torch.channels_last)
+    networks = make_networks(args, num_classes)
     for network, state in zip(networks, states, strict=True):
-        network.load_state_dict(state)
+        common.to_device(network, device, args).load_state_dict(state)
     return lambda images: (predict(networks, common.Images(images, args.size, device), args).mean(0).cpu(), None)
 
 
@@ -196,10 +198,9 @@ def main(argv=None) -> int:
         loader = common.Loader(images, args.batch_size, args.seed, view)
         given = train.labels.to(device)
         current = given.clone()
-        networks = make_networks(args, len(train.classes), next(iter(images))).to(device, memory_format=torch.channels_last)
-        if args.compile:
-            for network in networks:
-                network.compile()
+        networks = make_networks(args, len(train.classes), next(iter(images)))
+        for network in networks:
+            common.to_device(network, device, args)
         optimizer, scheduler = make_optimizer(networks, args)
 
         parts = dict(networks=networks, optimizer=optimizer, scheduler=scheduler, labels=current)

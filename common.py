@@ -1,16 +1,16 @@
 """Data and backbone utilities: device and precision, backbones and their weights, batches and augmentation, metrics.
 
 Nothing of any method is here, and nothing of the project is imported: this file can be copied beside a script.
-All randomness is a function of (seed, epoch, what it is for), never of a state that is carried along: an epoch draws the
-same numbers after a resumption, on another device and in another batch split.
-Letters in shapes: N samples, C classes or channels (said where), H and W pixels, B the batch.
+All randomness is a function of (seed, epoch, what it is for), never of a state that is carried along: an epoch draws
+the same numbers after a resumption, on another device and in another batch split. Letters in shapes: N samples, C
+classes or channels (said where), H and W pixels, B the batch.
 """
 
 import collections
 import functools
 import hashlib
-import math
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,8 +43,10 @@ def generator_of(*key) -> torch.Generator:
 
 def find_device(name: str) -> torch.device:
     """The device of --device ("auto": cuda if there is one); UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()  # a meta device fails here: it holds no numbers
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -56,20 +58,19 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes bf16 natively."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
+    about = Path("/proc/cpuinfo")
+    flags = about.read_text() if device.type == "cpu" and about.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def autocast(device: torch.device, precision: str):
-    """The context in which networks run: bf16 autocast, or nothing for fp32. Losses and softmax belong outside, in fp32."""
+    """The context in which networks run: bf16 autocast, or nothing for fp32. Losses and softmax belong outside."""
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-BACKBONES = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}  # each ends in a layer `fc`
+# Networks that end in a layer `fc`.
+BACKBONES = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 PRETRAINED = {}  # names and suffixes of --pretrained in a format of a backbone's own -> that backbone
 
 
@@ -99,7 +100,7 @@ def backbone_of(pretrained: str) -> str | None:
 
 
 def make_backbone(args, inputs: Tensor | None = None) -> tuple[nn.Module, int]:
-    """The network of --backbone without its last layer, with the weights of --pretrained, and the width of its features.
+    """The network of --backbone without its last layer, with the weights of --pretrained; the width of its features.
 
     inputs: network inputs (B, 3, H, W) of training images, for weights that need the statistics of their data.
     """
@@ -125,13 +126,13 @@ def load_pretrained(model: nn.Module, path) -> int:
     """Load the backbone of a checkpoint into `model`; returns the number of tensors loaded.
 
     Read are plain torchvision state dicts, {'state_dict': ...} and this project's model.pt (backbone of its first
-    network); the prefixes "module." and "backbone." are stripped, classification layers dropped. Every backbone tensor of
-    the model must be there in its shape, and none may be left over: otherwise UserError, which lists both key sets.
+    network). The prefixes "module." and "backbone." are stripped, classification layers dropped. Every backbone tensor
+    of the model must be there in its shape, and none may be left over: otherwise UserError, which lists both key sets.
     """
     path = Path(path)
     if path.suffix == ".pkl":
-        raise UserError(f"{path}: a pickle cannot be loaded safely; convert it once, where you trust it: torch.save({{k: "
-                        "torch.from_numpy(v) for k, v in pickle.load(open(f, 'rb'), encoding='latin1').items()}, 'weights.pth')")
+        how = "{k: torch.from_numpy(v) for k, v in pickle.load(open(f, 'rb'), encoding='latin1').items()}"
+        raise UserError(f"{path}: a pickle is not safe; convert it where you trust it: torch.save({how}, 'weights.pth')")
     state = load_checkpoint(path)
     if isinstance(state.get("networks"), list):  # heads have other names in every method
         state = {key: value for key, value in state["networks"][0].items() if key.startswith("backbone.")}
@@ -145,7 +146,7 @@ def load_pretrained(model: nn.Module, path) -> int:
         if isinstance(value, Tensor) and key and not key.startswith(heads):
             found[key] = value
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(heads)}
-    counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # absent before PyTorch 0.4.1, of no effect
+    counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # absent before PyTorch 0.4.1
     wrong = sorted((set(wanted) ^ set(found)) - counters)
     wrong += sorted(key for key in set(wanted) & set(found) if wanted[key].shape != found[key].shape)
     if wrong:
@@ -171,16 +172,27 @@ def save_checkpoint(path, **state) -> None:
 
 
 def load_checkpoint(path) -> dict:
-    """The dict in a checkpoint, on the CPU; UserError if it is missing, damaged, or holds more than weights and plain values."""
+    """The dict in a checkpoint, on the CPU; UserError if it is missing, damaged, or holds more than plain values."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch checks no checksums
+            raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        raise UserError(f"{path}: cannot be loaded as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch raises many kinds; its text advises to load unsafe files unsafely
+        reason = "it is damaged, or holds more than weights and plain values"
+        raise UserError(f"{path}: cannot be loaded as a checkpoint: {reason} ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
+
+
+def to_device(network: nn.Module, device: torch.device, args) -> nn.Module:
+    """The network on the device, in the memory layout that is fast for convolutions; compiled with --compile."""
+    network = network.to(device, memory_format=torch.channels_last)
+    if getattr(args, "compile", False):
+        network.compile()
+    return network
 
 
 def parameter_groups(networks: list[nn.Module], args) -> list[dict]:
@@ -193,7 +205,6 @@ def parameter_groups(networks: list[nn.Module], args) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
 # ----------------------------------------------------------------------------------------------------------------------
-
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all the papers' codes
 
@@ -217,7 +228,7 @@ def network_input(images: Tensor, size: int, mean=MEAN, std=STD) -> Tensor:
 
 
 def batch_slices(count: int, batch_size: int) -> list[slice]:
-    """Slices that cover range(count); a last batch of one sample joins the one before it (batch statistics need two)."""
+    """Slices of range(count); a last batch of one sample joins the one before it (batch statistics need two)."""
     if batch_size > count:
         raise UserError(f"--batch-size {batch_size} is larger than the {count} training images")
     starts = list(range(0, count, batch_size))
@@ -229,8 +240,8 @@ def batch_slices(count: int, batch_size: int) -> list[slice]:
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """int64 (N,): an order of N draws in which the classes that occur are equally frequent (to one draw).
 
-    labels: int64 (N,), on the CPU. Within a class every sample is drawn equally often (to one draw), whether the class is
-    repeated or cut. Samples of the label -1 belong to no class: each of them is drawn once.
+    labels: int64 (N,), on the CPU. Within a class every sample is drawn equally often (to one draw), whether the class
+    is repeated or cut. Samples of the label -1 belong to no class: each of them is drawn once.
     """
     drawn = [(labels < 0).nonzero().flatten()]
     classes, count = labels[labels >= 0].unique(), int((labels >= 0).sum())
@@ -243,7 +254,7 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Images:
-    """The images of a split, uint8 (N, C, H, W), for a device: iterate for network inputs (B, 3, size, size), unaugmented.
+    """The images of a split, uint8 (N, C, H, W), for a device; iterate for unaugmented inputs (B, 3, size, size).
 
     They are kept on the device when they fit in `share` of its free memory, else streamed to it. mean, std: see
     `network_input`.
@@ -264,7 +275,7 @@ class Images:
             yield self.to_input(images)
 
     def batches(self, order: Tensor, slices: list[slice]):
-        """Yield (slice, index (B,) on the CPU, uint8 images (B, C, H, W) on the device). order: int64 (N,), on the CPU."""
+        """Yield (slice, index (B,) on the CPU, uint8 images (B, C, H, W) on the device). order: int64 (N,)."""
         pin = Tensor.pin_memory if self.device.type == "cuda" else Tensor.contiguous
         order = pin(order)
         if self.images.device.type == self.device.type:
@@ -290,9 +301,9 @@ def read_ahead(read, items, depth: int = 2):
 class Loader:
     """Batches of a training set: `for x, index in loader.epoch(epoch)`.
 
-    augment(images, draw) makes the training view of uint8 images (B, C, H, W); strong(view, draw) the second, strong view
-    of it. draw(name) gives uniform numbers in [0, 1), float32 (B,): the same place in an epoch gets the same draw whatever
-    the device, the batch split or the point of resumption, and a sample that is drawn twice gets two.
+    augment(images, draw) makes the training view of uint8 images (B, C, H, W); strong(view, draw) the second, strong
+    view of it. draw(name) gives uniform numbers in [0, 1), float32 (B,): the same place in an epoch gets the same draw
+    whatever the device, the batch split or the point of resumption, and a sample that is drawn twice gets two.
     """
 
     def __init__(self, images: Images, batch_size: int, seed: int, augment, strong=None):
@@ -300,15 +311,16 @@ class Loader:
         self.slices = batch_slices(len(images), batch_size)
 
     def epoch(self, epoch: int, balance: Tensor | None = None, strong: bool = True):
-        """Yield (x, index): x the network input (B, 3, H, W), index int64 (B,), on the CPU, its places in the training set.
+        """Yield (x, index): x the network input (B, 3, H, W), index int64 (B,) its places in the training set (CPU).
 
         With a strong view ((weak, strong), index), where `strong=False` saves the second: None. balance: int64 (N,),
         labels whose classes are drawn equally often, see `balanced_order`; None: each sample once.
         """
         draws, images, count = {}, self.images, len(self.images)
-        torch.manual_seed(seed_of("epoch", self.seed, epoch))  # whatever else draws (dropout, a GAN's noise) restarts too
+        torch.manual_seed(seed_of("epoch", self.seed, epoch))  # whatever else draws (dropout, noise of a GAN) restarts
         generator = generator_of("order", self.seed, epoch)
-        order = torch.randperm(count, generator=generator) if balance is None else balanced_order(balance.cpu(), generator)
+        labels = torch.full((count,), -1) if balance is None else balance.cpu()
+        order = balanced_order(labels, generator)
 
         def draw(name: str) -> Tensor:  # a new name never shifts the draws of the others
             if name not in draws:
@@ -332,11 +344,10 @@ def assign(values: Tensor, index: Tensor, new: Tensor, where: Tensor | None = No
     synchronisation.
     """
     place = torch.arange(len(index), device=index.device)
-    if where is not None:
-        place = torch.where(where, place, -1)
-    last = torch.where(index[:, None] == index[None, :], place[None, :], -1).amax(1)  # (B,): where the sample counts last
+    counts = place if where is None else torch.where(where, place, -1)
+    last = torch.where(index[:, None] == index[None, :], counts, -1).amax(1)  # (B,): the occurrence that decides, or -1
     new = torch.where(last >= 0, new[last], values[index])
-    changed = ((values[index] != new) & (last == torch.arange(len(index), device=index.device))).sum()
+    changed = ((values[index] != new) & (last == place)).sum()
     values[index] = new
     return changed
 
@@ -347,10 +358,10 @@ def assign(values: Tensor, index: Tensor, new: Tensor, where: Tensor | None = No
 
 
 class Means:
-    """Averages over an epoch, kept on the device: one line a step to add, one transfer at the end.
+    """Averages over an epoch, kept on the device until the end: means.add("loss", total=loss) for the tag "loss/total".
 
-    means.add("loss", total=loss) stands for the tag "loss/total". A bool tensor (B,) gives the share of the samples, a
-    float tensor the mean over the steps (of a vector entry by entry), an integer tensor the sum over the epoch.
+    A bool tensor (B,) gives the share of the samples, a float tensor the mean over the steps (of a vector entry by
+    entry), an integer tensor the sum over the epoch.
     """
 
     def __init__(self):
@@ -371,40 +382,22 @@ class Means:
                 total[1] = 1
             self.sums[tag] = total
 
-    def result(self, classes: tuple[str, ...] = ()) -> dict[str, float]:
-        """tag -> number, 0 where nothing counted; of a vector an entry for each class, "<tag>/<class>".
+    def result(self) -> dict[str, float | list[float]]:
+        """tag -> number (of a vector: list), 0 where nothing counted.
 
         Raises FloatingPointError with the step if a total loss is not finite.
         """
         parts = [total[0] / total[1].clamp(min=1) for total in self.sums.values()]
-        numbers = torch.cat([part.flatten() for part in [*parts, *self.losses]]).tolist()
-        tags = [t for tag, part in zip(self.sums, parts) for t in ([f"{tag}/{c}" for c in classes] if part.dim() else [tag])]
-        for step, loss in enumerate(numbers[len(tags) :], 1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"step {step} of {len(self.losses)}")
-        return dict(zip(tags, numbers))
-
-
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[int]]:
-    """Counts: row the label, column the prediction. predicted, labels: int64 (N,)."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes).tolist()
-
-
-def accuracy_scalars(table: list[list[int]], classes: tuple[str, ...]) -> dict[str, float]:
-    """accuracy/test, accuracy/test_mean_class and accuracy/class/<class> (of the classes that occur), as fractions.
-
-    table: see `confusion_matrix`.
-    """
-    per_class = {f"accuracy/class/{name}": row[i] / sum(row) for i, (name, row) in enumerate(zip(classes, table)) if sum(row)}
-    accuracy = sum(row[i] for i, row in enumerate(table)) / sum(map(sum, table))
-    return {"accuracy/test": accuracy, "accuracy/test_mean_class": sum(per_class.values()) / len(per_class), **per_class}
+        flat = torch.cat([part.flatten() for part in [*parts, *self.losses]]).cpu()
+        *values, losses = flat.split([*(part.numel() for part in parts), len(self.losses)])
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise FloatingPointError(f"step {bad[0].item() + 1} of {len(losses)}")
+        return {tag: value.view(part.shape).tolist() for tag, value, part in zip(self.sums, values, parts)}
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: probability that a positive sample scores higher than a negative one, ties counted half.
-
-    scores: (N,). positive: bool (N,). 0.5 without samples of either kind.
-    """
+    """Area under the ROC curve, 0.5 without samples of either kind. scores: (N,). positive: bool (N,)."""
     above, below = scores[positive].double(), scores[~positive].double().sort().values
     if not len(above) or not len(below):
         return 0.5

@@ -16,25 +16,29 @@ import json
 import sys
 from pathlib import Path
 
+from support.datasets import decode_all, load_train_index, write_labels, write_va
+from support.inference import load_model
+from support.runs import Parser, add_index_args, check_data_args, reports_errors
+
 import torch
 
-import common
-from common import UserError
+from common import UserError, find_device, write_atomically
 
 
 def parse_args(argv=None):
-    parser = common.Parser("inject_noise.py", description=__doc__.split("\n\n")[0])
-    common.add_index_args(parser)
-    parser.add_argument("--from-checkpoint", metavar="MODEL", help="machine labels: what a trained model.pt of any method predicts, classes matched by name; excludes --noise")
-    parser.add_argument("--device", default="auto", help="for --from-checkpoint: cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("--cache", default="cache", metavar="DIR", help="for --from-checkpoint: where decoded images are kept (default: %(default)s)")
-    parser.add_argument("--output", help="file to write (default: noise-<data>-<type>-<rate>-s<seed>.csv, or machine-<data>-<run>.csv); a .json with what was done comes beside it")
-    parser.add_argument("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's own, labels counted from 1 (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    early, _ = parser.parse_known_args(argv)
+    parser = Parser(__file__, __doc__)
+    add_index_args(parser)
+    add = parser.add_argument
+    add("--from-checkpoint", metavar="MODEL", help="machine labels: what a trained model.pt of any method predicts, classes matched by name; excludes --noise")
+    add("--device", default="auto", help="for --from-checkpoint: cpu, cuda, ... (default: cuda if there is one)")
+    add("--cache", default="cache", metavar="DIR", help="for --from-checkpoint: where decoded images are kept (default: %(default)s)")
+    add("--output", help="file to write (default: noise-<data>-<type>-<rate>-s<seed>.csv, or machine-<data>-<run>.csv); a .json with what was done comes beside it")
+    add("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's own, labels counted from 1 (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    early = parser.parse_early(argv)
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, labels=None, split="test")
     args = parser.parse_args(argv)
-    common.check_data_args(args, parser)
+    check_data_args(args, parser)
     if args.output is None:
         suffix = ".csv" if args.format == "csv" else "-list.txt"
         args.output = f"noise-{args.data}-{args.noise_type}-{args.noise:g}-s{args.noise_seed}{suffix}"
@@ -52,19 +56,19 @@ def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int
 
 def machine_labels(index, args) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model predicts for the images: int64 (N,), in the classes of the data set, and valence and arousal (N, 2) or None."""
-    state, predictor = common.load_model(args.from_checkpoint, common.find_device(args.device))
+    state, predictor = load_model(args.from_checkpoint, find_device(args.device))
     shared = [k for k, name in enumerate(state["classes"]) if name in index.classes]
     if len(shared) < 2:
         raise UserError(f"{args.from_checkpoint}: its classes ({', '.join(state['classes'])}) are not those of --data {args.data} ({', '.join(index.classes)})")
     for missing in set(index.classes) - set(state["classes"]):
         print(f"the model does not know the class {missing}: no image will be labelled so")
     args.size = state["args"]["size"]
-    probs, va = predictor(common.decode_all(index, args, "train"))
+    probs, va = predictor(decode_all(index, args, "train"))
     to_data = torch.tensor([index.classes.index(state["classes"][k]) for k in shared])
-    return to_data[probs[:, shared].argmax(1).cpu()], None if va is None else va.cpu()
+    return to_data[probs[:, shared].argmax(1)], va
 
 
-@common.reports_errors
+@reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
     if bool(args.noise) == bool(args.from_checkpoint):
@@ -74,7 +78,7 @@ def main(argv=None) -> int:
     for file in (output, note, *([va_output] if args.from_checkpoint else [])):
         if file.exists() and not args.overwrite:
             raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
-    index, noisy, clean = common.load_train_index(args)
+    index, noisy, clean = load_train_index(args)
     va = None
     if args.from_checkpoint:
         clean, (noisy, va) = noisy, machine_labels(index, args)
@@ -85,10 +89,10 @@ def main(argv=None) -> int:
     ]
     how = {"checkpoint": args.from_checkpoint} if args.from_checkpoint else {"rate": args.noise, "type": args.noise_type, "seed": args.noise_seed}
     record = {"data": args.data, "images": len(noisy), **how, "limit": args.limit, "changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
-    common.write_labels(output, index.names, noisy, index.classes, args.format)
+    write_labels(output, index.names, noisy, index.classes, args.format)
     if va is not None:
-        common.write_va(va_output, index.names, va)
-    common.write_atomically(note, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        write_va(va_output, index.names, va)
+    write_atomically(note, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
 
     width = max(map(len, index.classes))
     print(f"{'from / to':{width}}  " + "  ".join(f"{name:>{max(6, len(name))}}" for name in index.classes) + "   changed")

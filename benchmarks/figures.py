@@ -26,8 +26,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402 - found through the line above
 import datasets  # noqa: E402
+
+import common  # noqa: E402 - found through the line above
 import jointgan  # noqa: E402
 from common import UserError  # noqa: E402
 

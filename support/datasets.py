@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from support import toyfaces
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -21,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, generator_of, write_atomically
-from support import toyfaces
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets: lists of images

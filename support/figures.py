@@ -118,7 +118,7 @@ def weights(train, current: Tensor, alpha: Tensor):
 
 
 def confidence(train, probs: Tensor, count: int = 32):
-    """NCCTFER, Fig. 9: the first training faces, the same in every run, with the confidence of given and predicted label.
+    """NCCTFER, Fig. 9: the first training faces, the same in every run: confidence of given and predicted label.
 
     probs: (N, C).
     """

@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from support import figures
+from support.datasets import IMAGE_SUFFIXES, decode, decode_all, read_index
+from support.runs import accuracy_scalars, confusion_matrix
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError, accuracy_scalars, confusion_matrix, find_device, load_checkpoint, write_atomically
-from support import figures
-from support.datasets import IMAGE_SUFFIXES, decode, decode_all, read_index
+from common import UserError, find_device, load_checkpoint, write_atomically
 
 EVALUATION, PREDICTIONS = ("evaluation.json", "confusion.png"), ("predictions.csv", "predictions.png")
 
@@ -21,9 +23,9 @@ EVALUATION, PREDICTIONS = ("evaluation.json", "confusion.png"), ("predictions.cs
 def load_model(path, device: torch.device, restore: Callable | None = None, method: str | None = None):
     """The content of a model.pt, and its model as a function of images.
 
-    restore: that of the script which calls; without it that of the script `<method>.py` beside common.py. method: refuse
-    checkpoints of another one. The function takes uint8 images (N, C, H, W) and returns softmax outputs (N, classes), and
-    valence and arousal (N, 2) or None, on the CPU. Raises UserError with the path for any other kind of file.
+    restore: that of the script which calls; without it that of the script `<method>.py` beside common.py. method:
+    refuse checkpoints of another one. The function takes uint8 images (N, C, H, W) and returns softmax outputs
+    (N, classes), and valence and arousal (N, 2) or None, on the CPU. Raises UserError with the path for any other file.
     """
     state = load_checkpoint(path)
     kinds = {"method": str, "classes": list, "args": dict, "networks": list}
@@ -61,9 +63,9 @@ def restore_of(method: str, path) -> Callable:
 def use_checkpoint(args, restore: Callable) -> int:
     """--evaluate CHECKPOINT or --predict CHECKPOINT PATHS; writes into the folder of --out and --name. Returns 0.
 
-    restore(states, args, num_classes, device): the networks of a model.pt as a function of images. Raises UserError for a
-    checkpoint of another method, other classes, images that cannot be read, or a folder that is there already (without
-    --overwrite; with it, one that holds anything else than an evaluation or predictions).
+    restore(states, args, num_classes, device): the networks of a model.pt as a function of images. Raises UserError for
+    a checkpoint of another method, other classes, images that cannot be read, or a folder that is there already
+    (without --overwrite; with it, one that holds anything else than an evaluation or predictions).
     """
     path = Path(args.evaluate or args.predict[0])
     folder = Path(args.out) / args.name
@@ -105,7 +107,7 @@ def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) ->
 
 
 def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None:
-    """predictions.csv, a line per image: its name, class and the probability of each class; and a sheet of the first."""
+    """predictions.csv, a line per image: name, class, the probability of each class; and a sheet of the first ones."""
     paths = []
     for given in map(Path, args.predict[1:]):
         if given.is_dir():

@@ -21,6 +21,9 @@ import time
 import types
 from pathlib import Path
 
+from support import figures
+from support.datasets import Split
+
 import numpy as np
 import torch
 import torchvision
@@ -30,15 +33,11 @@ from common import (
     BACKBONES,
     PRETRAINED,
     UserError,
-    accuracy_scalars,
     backbone_of,
-    confusion_matrix,
     load_checkpoint,
     save_checkpoint,
     write_atomically,
 )
-from support import figures
-from support.datasets import Split
 
 try:
     import fcntl
@@ -52,7 +51,7 @@ except ImportError:  # Windows: two processes in one run folder are not noticed 
 
 
 class Tolerant:
-    """A text stream whose reader may go away (`| head -1`, a closed terminal): what is written after that is dropped."""
+    """A text stream whose reader may go away (`| head -1`, a closed terminal): later output is dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed before Python began
@@ -212,17 +211,19 @@ def add_training_args(parser, backbone: bool = True) -> None:
         add("--head-lr", type=number(float, 0, open_low=True), help="learning rate of the other layers")
     add("--epochs", type=positive_int, help="passes over the training set")
     add("--batch-size", type=number(int, 2), help="images a step")
-    add("--lr", type=number(float, 0, open_low=True), help="learning rate of the backbone" if backbone else "learning rate")
+    what = "learning rate of the backbone" if backbone else "learning rate"
+    add("--lr", type=number(float, 0, open_low=True), help=what)
     add("--oversample", action=argparse.BooleanOptionalAction, default=False,
         help="class-balanced sampling by the labels that are trained on (default: on AffectNet only)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda if there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is computed natively")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is computed "
+        "natively")
     add("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, for long runs only")
     add = parser.add_argument_group("trained models").add_argument
-    add("--evaluate", metavar="CHECKPOINT", help="no training: test the model.pt of a run on --data, classes matched by "
-        "name")
-    add("--predict", nargs="+", metavar=("CHECKPOINT", "PATH"), help="no training: predict images and folders of images "
-        "with the model.pt of a run; writes predictions.csv")
+    add("--evaluate", metavar="CHECKPOINT", help="no training: test the model.pt of a run on --data, classes matched "
+        "by name")
+    add("--predict", nargs="+", metavar=("CHECKPOINT", "PATH"), help="no training: predict images and folders of "
+        "images with the model.pt of a run; writes predictions.csv")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs", metavar="DIR", help="folder of the runs")
     add("--name", help="name of the run (default: made of method, data, noise, changed flags and seed)")
@@ -287,7 +288,7 @@ def check_data_args(args, parser) -> None:
 
 
 def default_name(args, parser: Parser) -> str:
-    """`<method>-<data>-n<noise>-<flags that differ from the preset>-s<seed>`, in characters that any file system takes."""
+    """`<method>-<data>-n<noise>-<flags that differ from the preset>-s<seed>`, in characters of any file system."""
     skip = ("data", "noise", "seed", "device", *NOT_SETTINGS, *(["root"] if args.data != "folder" else []))
     changed = []
     for key, value in vars(args).items():
@@ -307,7 +308,8 @@ def default_name(args, parser: Parser) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 # What a run writes, in the order of removal; events.out.tfevents.* beside it.
-OUTPUTS = ["model.pt", "last.pt", "metrics.jsonl", "labels.csv", *(f"{name}.png" for name in figures.NAMES), "args.json"]
+PICTURES = [f"{name}.png" for name in figures.NAMES]
+OUTPUTS = ["model.pt", "last.pt", "metrics.jsonl", "labels.csv", *PICTURES, "args.json"]
 
 
 class Run:
@@ -337,27 +339,27 @@ class Run:
 
     def claim(self) -> None:
         """Take the lock first; only then what is in the folder is looked at, and nobody else can change it."""
-        args = self.args
+        args, beside = self.args, "--name NAME starts another run beside it"
         if fcntl:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
             except OSError:
-                raise UserError(f"{self.folder} is in use by another process; --name NAME starts another run beside it") from None
+                raise UserError(f"{self.folder} is in use by another process; {beside}") from None
         self.refuse_strangers()
-        beside = "--name NAME starts another beside it"
         if (self.folder / "model.pt").exists() and not args.overwrite:
             also = "there is nothing left to --resume" if args.resume else "--resume is for unfinished ones"
             raise UserError(f"{self.folder} holds a finished run: --overwrite replaces it, {beside}; {also}")
         if (self.folder / "last.pt").exists() and not (args.resume or args.overwrite):
-            raise UserError(f"{self.folder} holds an unfinished run: --resume goes on with it, --overwrite discards it, {beside}")
+            how = "--resume goes on with it, --overwrite discards it"
+            raise UserError(f"{self.folder} holds an unfinished run: {how}, {beside}")
         if (self.folder / "last.pt").exists() and args.resume:
             self.refuse_changes()
 
     def refuse_strangers(self) -> None:
         """A folder is a run's only if its args.json says so; anything else that is not empty is refused."""
-        if self.folder.is_dir() and any(file.name != ".lock" and ".tmp" not in file.name for file in self.folder.iterdir()):
-            if "method" not in self.read_record():
-                raise UserError(f"{self.folder} holds files that are not a run's (no args.json of one): give another --name")
+        names = [file.name for file in self.folder.iterdir()] if self.folder.is_dir() else []
+        if any(name != ".lock" and ".tmp" not in name for name in names) and "method" not in self.read_record():
+            raise UserError(f"{self.folder} holds files that are not a run's (no args.json of one): give another --name")
 
     def read_record(self) -> dict:
         """args.json; {} if it is missing or damaged."""
@@ -442,10 +444,11 @@ class Run:
                 pass  # not empty: somebody else's by now
         self.lock.close()
         if kind is KeyboardInterrupt and self.writer:
-            print(f"\n{self.folder}: the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+            print(f"\n{self.folder}: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
         if kind is FloatingPointError:
             last = f"{self.folder / 'last.pt'} (epoch {self.epoch - 1})" if self.epoch > 1 else "none"
-            raise UserError(f"the loss is not finite in epoch {self.epoch}, {error}; last good checkpoint: {last}") from None
+            where = f"epoch {self.epoch}, {error}"
+            raise UserError(f"the loss is not finite in {where}; last good checkpoint: {last}") from None
 
     def history(self) -> list[dict]:
         """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
@@ -467,11 +470,15 @@ class Run:
     def end_epoch(self, epoch: int, scalars: dict, probs: Tensor, labels: Tensor | None = None) -> None:
         """A line in metrics.jsonl and on the screen, scalars in TensorBoard, then last.pt.
 
-        scalars: of the epoch, by tag. probs: (N, C), of the evaluated split. labels: int64 (N,), the current labels of the
+        scalars: of the epoch, by tag; a list has a number, or None, for each class. probs: (N, C), of the evaluated split. labels: int64 (N,), the current labels of the
         training set, of a method that changes them.
         """
         predicted = probs.argmax(1).cpu()
         self.table = confusion_matrix(predicted, self.test.labels, len(self.test.classes))
+        for tag, values in [item for item in scalars.items() if isinstance(item[1], list)]:
+            named = zip(self.train.classes, values)
+            scalars |= {f"{tag}/{name}": value for name, value in named if value is not None}
+        scalars = {tag: value for tag, value in scalars.items() if not isinstance(value, list)}
         if labels is not None:
             scalars = scalars | label_scalars(self.train.labels, labels.cpu(), self.train.clean)
         scalars = scalars | accuracy_scalars(self.table, self.test.classes)
@@ -523,10 +530,12 @@ class Run:
         if train.clean is not None:
             first = order[:100]
             wrong = (train.labels != train.clean)[first].sum().item()
-            print(f"label audit: of the first {len(first)} rows of labels.csv {wrong} are labels that the noise made wrong")
-        print(f"{self.folder}: labels.csv, {', '.join(drawn)}, metrics.jsonl, model.pt; tensorboard --logdir {self.args.out}")
+            print(f"label audit: of the first {len(first)} rows of labels.csv {wrong} have a label that the noise made wrong")
+        written = ["labels.csv", *drawn, "metrics.jsonl", "model.pt"]
+        print(f"{self.folder}: {', '.join(written)}; tensorboard --logdir {self.args.out}")
         split = self.args.split
-        print(f"best   {results['best']:.2%} of {split} (epoch {results['best_epoch']}; the epoch is selected on this very split)")
+        selected = f"epoch {results['best_epoch']}; the epoch is selected on this very split"
+        print(f"best   {results['best']:.2%} of {split} ({selected})")
         print(f"last5  {results['last5']:.2%} (mean of the last {min(5, len(history))} epochs)")
         print(f"final  {results['final']:.2%}")
 
@@ -541,7 +550,8 @@ class Run:
                 rows = csv.writer(file, lineterminator="\n")
                 rows.writerow(["name", "given", "final", "score", *["clean"] * len(clean)])
                 for i in order:
-                    rows.writerow([train.names[i], *(c[i] for c in columns), f"{scores[i]:.6f}", *(c[i] for c in clean)])
+                    given, final = (column[i] for column in columns)
+                    rows.writerow([train.names[i], given, final, f"{scores[i]:.6f}", *(column[i] for column in clean)])
 
         write_atomically(self.folder / "labels.csv", write)
 
@@ -560,7 +570,8 @@ def fingerprint(train: Split, test: Split) -> dict[str, str]:
     """What a resumed run must find again: a hash for each of names, classes, labels and images (of 64 of them)."""
 
     def digest(*things) -> str:
-        return hashlib.sha256(b"".join(x.numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in things)).hexdigest()
+        parts = (x.numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in things)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     some = [split.images[:: max(1, len(split.images) // 32)].contiguous() for split in (train, test)]
     return {
@@ -569,6 +580,23 @@ def fingerprint(train: Split, test: Split) -> dict[str, str]:
         "given labels": digest(train.labels, test.labels),
         "images": digest(*some),
     }
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[int]]:
+    """Counts: row the label, column the prediction. predicted, labels: int64 (N,)."""
+    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return cells.view(num_classes, num_classes).tolist()
+
+
+def accuracy_scalars(table: list[list[int]], classes: tuple[str, ...]) -> dict[str, float]:
+    """accuracy/test, accuracy/test_mean_class and accuracy/class/<class> (of the classes that occur), as fractions.
+
+    table: see `confusion_matrix`.
+    """
+    correct = [row[i] for i, row in enumerate(table)]
+    own = {f"accuracy/class/{name}": hits / sum(row) for name, hits, row in zip(classes, correct, table) if sum(row)}
+    mean = sum(own.values()) / len(own)
+    return {"accuracy/test": sum(correct) / sum(map(sum, table)), "accuracy/test_mean_class": mean, **own}
 
 
 def label_scalars(given: Tensor, current: Tensor, clean: Tensor | None) -> dict[str, float]:

@@ -18,7 +18,7 @@ from PIL import Image  # noqa: E402
 
 import cocuring  # noqa: E402
 import common  # noqa: E402
-import toyfaces  # noqa: E402
+from support import runs, toyfaces  # noqa: E402
 
 RAF_TRAIN, RAF_TEST = 28, 14  # four and two images per class
 FERPLUS_USAGE = {"Train": "Training", "Valid": "PublicTest", "Test": "PrivateTest"}
@@ -247,16 +247,16 @@ def same_end(a, b):
 
 def check_resume(main, arguments, folder, monkeypatch):
     """A run that stops after its second epoch and is resumed ends as one that was never stopped."""
-    arguments, save = [*arguments, "--out", str(folder)], common.Run.save
+    arguments, end_epoch = [*arguments, "--out", str(folder)], runs.Run.end_epoch
 
-    def save_and_stop(self, **state):
-        save(self, **state)
-        if state["epoch"] == 2:
+    def end_and_stop(self, epoch, *rest):
+        end_epoch(self, epoch, *rest)
+        if epoch == 2:
             raise KeyboardInterrupt
 
     assert main([*arguments, "--name", "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save", save_and_stop)
+        patch.setattr(runs.Run, "end_epoch", end_and_stop)
         assert main([*arguments, "--name", "cut"]) == 130
     assert main([*arguments, "--name", "cut", "--resume"]) == 0
     same_end(folder / "whole", folder / "cut")

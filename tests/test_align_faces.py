@@ -166,9 +166,10 @@ def test_done_photographs_are_skipped_and_lost_crops_made_again(aligned, tmp_pat
 
 
 def test_crops_train(aligned, tmp_path, monkeypatch):
+    from conftest import Tiny
+
     import cocuring
     import common
-    from conftest import Tiny
 
     monkeypatch.setitem(common.BACKBONES, "resnet18", Tiny)
     photos, faces, _ = aligned

@@ -5,9 +5,9 @@ import importlib
 
 import pytest
 import torch
+from conftest import Tiny, build_raf
 
 import common
-from conftest import Tiny, build_raf
 
 SMALL = {"jointgan": ["--size", "32", "--width", "0.02", "--hidden", "8", "--noise-dim", "4"]}  # the others get conftest's backbone
 

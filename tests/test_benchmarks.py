@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toyfaces
+from conftest import build_ferplus, build_ferplus_csv
 from PIL import Image
 
 import cocuring
 import jointgan
 import ncctfer
 import scn
-import toyfaces
-from conftest import build_ferplus, build_ferplus_csv
 
 
 def load(name):

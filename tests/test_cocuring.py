@@ -13,12 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toyfaces
+from conftest import (
+    build_ferplus,
+    build_ferplus_csv,
+    build_folder,
+    build_folder_splits,
+    build_raf,
+    build_raf_kaggle,
+    lines,
+    same_end,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cocuring
 import common
-import toyfaces
-from conftest import build_ferplus, build_ferplus_csv, build_folder, build_folder_splits, build_raf, build_raf_kaggle, lines, same_end
 from cocuring import peer_losses, ramp_up, relabel
 
 ROOT = Path(cocuring.__file__).parent

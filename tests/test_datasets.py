@@ -4,20 +4,49 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    BUILDERS, FERPLUS_USAGE, RAF_TEST, RAF_TRAIN, build_affectnet, build_affectnet_npy, build_cifar10, build_ferplus, build_ferplus_csv, build_folder,
-    build_folder_splits, build_raf, build_raf_kaggle, ferplus_rows, picture, raf_rows, save, votes_for,
+    BUILDERS,
+    FERPLUS_USAGE,
+    RAF_TEST,
+    RAF_TRAIN,
+    build_affectnet,
+    build_affectnet_npy,
+    build_cifar10,
+    build_ferplus,
+    build_ferplus_csv,
+    build_folder,
+    build_folder_splits,
+    build_raf,
+    build_raf_kaggle,
+    ferplus_rows,
+    picture,
+    raf_rows,
+    save,
+    votes_for,
+)
+from datasets import (
+    AFFECTNET_CLASSES,
+    FERPLUS_CLASSES,
+    RAF_CLASSES,
+    RAF_CONFUSIONS,
+    Index,
+    UserError,
+    asymmetric_noise,
+    confusion_pairs,
+    label_base,
+    load_data,
+    load_train_index,
+    majority,
+    read_index,
+    read_labels,
+    symmetric_noise,
+    write_labels,
 )
 from PIL import Image
-
-import datasets
-from datasets import (
-    AFFECTNET_CLASSES, FERPLUS_CLASSES, RAF_CLASSES, RAF_CONFUSIONS, Index, UserError, asymmetric_noise, confusion_pairs, label_base,
-    load_data, load_train_index, majority, read_index, read_labels, symmetric_noise, write_labels,
-)
 
 
 def generator(seed=0):

@@ -4,13 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import toyfaces
 from conftest import RAF_TRAIN, build_ferplus, build_folder_splits, build_raf
+from datasets import RAF_CLASSES, RAF_CONFUSIONS, load_data, load_train_index
 
 import cocuring
 import common
 import inject_noise
-import toyfaces
-from datasets import RAF_CLASSES, RAF_CONFUSIONS, load_data, load_train_index
 
 
 @pytest.fixture

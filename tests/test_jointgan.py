@@ -4,14 +4,24 @@ import json
 
 import pytest
 import torch
+from conftest import build_affectnet, build_cifar10, check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import common
 import inject_noise
 import jointgan
-from conftest import build_affectnet, build_cifar10, check_resume, lines
-from jointgan import IMAGE_GAIN, Decoder, Discriminator, Encoder, ccc, discriminator_loss, generator_loss, majority_vote, multitask_loss
+from jointgan import (
+    IMAGE_GAIN,
+    Decoder,
+    Discriminator,
+    Encoder,
+    ccc,
+    discriminator_loss,
+    generator_loss,
+    majority_vote,
+    multitask_loss,
+)
 
 SMALL = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+import toyfaces
 from conftest import check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ncctfer
-import toyfaces
 from ncctfer import class_thresholds, confident, negative_consistency, supervised_loss
 
 P = torch.tensor([[0.8, 0.2, 0.0], [0.4, 0.6, 0.0], [0.5, 0.25, 0.25], [0.5, 0.5, 0.0]])

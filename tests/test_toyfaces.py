@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 import toyfaces
+from PIL import Image
 from toyfaces import CLASSES, FEATURES, FREQUENCIES, NEUTRAL, contact_sheet, draw_face, expression, main
 
 

@@ -5,13 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+import toyfaces
 from conftest import check_resume, lines
 from sklearn.mixture import GaussianMixture
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import toyfaces
 import twostage
-from twostage import admitted_set, class_margins, clean_probability, detection_losses, fit_mixture, labelled_loss, labelled_set, rebalanced_rates, unlabelled_losses
+from twostage import (
+    admitted_set,
+    class_margins,
+    clean_probability,
+    detection_losses,
+    fit_mixture,
+    labelled_loss,
+    labelled_set,
+    rebalanced_rates,
+    unlabelled_losses,
+)
 
 # clean_probability (DivideMix)
 
