@@ -25,6 +25,7 @@ from support.runs import Parser, Run, add_data_args, add_training_args, number, 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 
@@ -50,6 +51,9 @@ def parse_args(argv=None):
     add("--k", type=number(int, 1), default=4, help="classes in the consistency loss, Eq. 4 (paper, Sec. 4.4)")
     add("--mask", choices=("most", "least"), default="most", help="which k classes of the negative head: the most "
         "probable (paper, Sec. 3.2) or the least (paper, Sec. 1, and official code)")
+    add("--select-by", choices=("batch", "average"), default="batch", help="whose probabilities Eqs. 1-2 take: those "
+        "of the batch in training (paper), or once an epoch those of an averaged network on all samples (ours)")
+    add("--ema", type=number(float, 0, 1, open_high=True), default=0.98, help="decay of that averaged network, a step")
     add("--no-threshold", dest="threshold", action="store_false", help="Table 5: all samples are confident; with "
         "--no-negative the baseline")
     add("--no-negative", dest="negative", action="store_false", help="Table 5, Baseline+pc: confident samples only")
@@ -155,11 +159,14 @@ def make_optimizer(network, args):
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 
-def train_one_epoch(network, optimizer, batches, given: Tensor, clean: Tensor | None, epoch: int, args) -> dict:
+def train_one_epoch(
+    network, optimizer, batches, given: Tensor, clean: Tensor | None, epoch: int, args, averaged=None, chosen=None
+) -> dict:
     """Algorithm 1 over the training set. Returns the scalars of the epoch; those of classes are lists.
 
     batches: ((weak, strong), index), see README.md; strong may be None in epochs that do not use it. given: int64 (N,),
-    the labels to train on. clean: int64 (N,) or None, for reporting only.
+    the labels to train on. clean: int64 (N,) or None, for reporting only. averaged: a moving average of the network,
+    updated each step, or None. chosen: bool (N,), the confident samples of the epoch; None: those of each batch.
     """
     network.train()
     device, means = given.device, common.Means()
@@ -171,7 +178,7 @@ def train_one_epoch(network, optimizer, batches, given: Tensor, clean: Tensor | 
             positive, negative = network(weak)
         probs, p_n = positive.detach().softmax(1), negative.detach().softmax(1)
         t_c = class_thresholds(probs, y, probs.shape[1])  # Eq. 1
-        sure = confident(probs, y, t_c)  # Eq. 2
+        sure = confident(probs, y, t_c) if chosen is None else chosen[index]  # Eq. 2
         l_s = supervised_loss(positive, y, sure if selecting else torch.ones_like(sure))  # Eq. 3
         l_c = torch.zeros_like(l_s)
         if args.negative and selecting:
@@ -183,6 +190,8 @@ def train_one_epoch(network, optimizer, batches, given: Tensor, clean: Tensor | 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if averaged is not None:
+            averaged.update_parameters(network)
         means.add("loss", total=loss, supervised=l_s, negative=l_c)
         means.add("accuracy", train=probs.argmax(1) == y)
         means.add("weight", among=t_c > 0, threshold=t_c)
@@ -234,12 +243,20 @@ def main(argv=None) -> int:
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
         network = common.to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
         optimizer, scheduler = make_optimizer(network, args)
+        parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
+        averaged = chosen = None
+        if args.select_by == "average":
+            averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+            parts["averaged"] = averaged
 
-        for epoch in run.epochs(train, test, network=network, optimizer=optimizer, scheduler=scheduler):
+        for epoch in run.epochs(train, test, **parts):
+            if averaged is not None and epoch > args.warm_up:
+                probs = predict(averaged.module, images, args)
+                chosen = confident(probs, given, class_thresholds(probs, given, probs.shape[1]))
             balance = given if args.oversample else None
             batches = loader.epoch(epoch, balance, strong=args.negative and epoch > args.warm_up)
             scalars = {"lr": scheduler.get_last_lr()[0]}
-            scalars |= train_one_epoch(network, optimizer, batches, given, clean, epoch, args)
+            scalars |= train_one_epoch(network, optimizer, batches, given, clean, epoch, args, averaged, chosen)
             scheduler.step()
             run.end_epoch(epoch, scalars, predict(network, test_images, args))
         probs = predict(network, images, args)

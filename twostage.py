@@ -51,8 +51,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("two-stage cycle").add_argument
     add("--warm-up", type=number(int, 0), help="first epochs on all labels, before the first cycle (DivideMix: 10, 30 "
         "for 100 classes; ours)")
-    add("--detect-by", choices=("mae", "ce"), default="mae", help="loss that the mixtures are fitted to: mean absolute "
-        "error 1 - p (ours: bounded, no outliers), or cross-entropy -log p (DivideMix)")
+    add("--detect-by", choices=("confidence", "mae", "ce"), default="mae", help="loss that the mixtures are fitted to: "
+        "mean absolute error 1 - p (ours: bounded, no outliers), or cross-entropy -log p (DivideMix)")
     add("--mixture", choices=("class", "global"), help="mixtures per class (ours, toy: a global one takes rare classes "
         "for noise), or one for all (DivideMix; FERPlus)")
     add("--clean-above", type=number(float, 0, 1, open_high=True), default=0.5, help="a label is kept if its clean "
@@ -138,7 +138,25 @@ def detection_losses(probs: Tensor, labels: Tensor, kind: str = "mae") -> Tensor
     probs: (N, C), softmax outputs. labels: int64 (N,).
     """
     p = probs.gather(1, labels[:, None])[:, 0]
-    return 1 - p if kind == "mae" else -p.clamp(min=1e-8).log()
+    return -p.clamp(min=1e-8).log() if kind == "ce" else 1 - p
+
+
+def confident_labels(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confident learning (C. Northcutt et al., 2021): whose label is the most probable class among the confident ones.
+
+    The threshold t_k is the mean of p_k over the samples that are labelled k. A label y is kept if y = argmax p_k over
+    the classes with p_k >= t_k. probs: (N, C), softmax outputs. labels: int64 (N,). Returns bool (N,), and a score (N,)
+    in [-1, 1] that is high for clean labels: p_y minus the largest p_k of the other classes with p_k >= t_k.
+    """
+    n, num_classes = probs.shape
+    members = F.one_hot(labels, num_classes).to(probs.dtype)  # (N, C)
+    thresholds = (members * probs).sum(0) / members.sum(0).clamp(min=1)  # (C,)
+    thresholds[members.sum(0) == 0] = torch.inf  # a class without labels is never confident
+    able = torch.where(probs >= thresholds, probs, 0)
+    own = probs.gather(1, labels[:, None])[:, 0]
+    others = able.scatter(1, labels[:, None], 0).amax(1)
+    kept = (able.gather(1, labels[:, None])[:, 0] > 0) & (own >= others)
+    return kept, own - others
 
 
 def labelled_set(probability: Tensor, losses: Tensor, labels: Tensor, above: float = 0.5) -> Tensor:
@@ -247,9 +265,13 @@ def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
     classes, cycling = probs.shape[1], cycle >= 1
     losses = detection_losses(probs, given, args.detect_by)
     clean = torch.ones_like(losses)
-    if args.detect and cycling:
-        clean = clean_probability(losses, given if args.mixture == "class" else None)
-    labelled = labelled_set(clean, losses, given, args.clean_above)
+    if args.detect and cycling and args.detect_by == "confidence":
+        kept, clean = confident_labels(probs, given)
+        labelled = labelled_set(kept.float(), losses, given)
+    else:
+        if args.detect and cycling:
+            clean = clean_probability(losses, given if args.mixture == "class" else None)
+        labelled = labelled_set(clean, losses, given, args.clean_above)
     scale = args.margin_scale / (1 + math.exp(-max(cycle, 0)))  # Ada-CM: grows with the cycles
     margins = class_margins(probs[labelled], given[labelled], classes, scale)
     counts = torch.bincount(given[labelled], minlength=classes)

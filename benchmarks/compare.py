@@ -23,8 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402 - found through the line above
-import jointgan  # noqa: E402
+from support.inference import load_model  # noqa: E402 - found through the line above
+from support.runs import summary  # noqa: E402
+
+import common  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
@@ -132,7 +134,7 @@ SUITES["toy-multitask-40"] = {
 NO_AFFINE = "--rotate 0 --shift 0 --zoom 0"
 SUITES["ferplus-multitask"] = {
     "title": "FERPlus, 32 px, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
-    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --adversarial-from 2 --epochs 30 --lambda 0.2",
+    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --warm-up 1 --epochs 30 --lambda 0.2",
     "seeds": (1,),
     "rows": [
         Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
@@ -143,9 +145,9 @@ SUITES["ferplus-multitask"] = {
     ],
 }
 # Of the last epoch, where the method logs them: what it knows of the noise
-KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auc_clean", "weight/high", "weight/low",
+KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auroc_clean", "weight/high", "weight/low",
          "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes",
-         "labelled/share", "labelled/purity", "labelled/recall", "labelled/auc", "pseudo/share", "pseudo/accuracy_above",
+         "labelled/share", "labelled/purity", "labelled/recall", "labelled/auroc", "pseudo/share", "pseudo/accuracy_above",
          "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/judge", "faces/spread")
 NAMES = {"accuracy/test_mean_class": "class mean", "ccc/last5": "CCC, last5"}
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
@@ -178,6 +180,8 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     faces/judge: its mean class accuracy on the real test faces. faces/spread: the standard deviation of the made faces within a class,
     mean over pixels and classes, as a share of that of real faces: one frozen face for each class has 0.
     """
+    import jointgan
+
     state, device = common.load_checkpoint(folder / "model.pt"), torch.device("cpu")
     run, classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]
     _, decoder, _ = jointgan.load_networks(state["networks"], run, len(classes), device)
@@ -193,7 +197,7 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     y0 = torch.randn(len(classes) * count, run.noise_dim, generator=common.generator_of("score", run.seed))
     labels, va = torch.arange(len(classes)).repeat_interleave(count), jointgan.class_va(train)
     made = jointgan.make_faces(decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run)
-    probs, _ = common.restore(common.load_checkpoint(judge / "model.pt"), device)(made)
+    probs, _ = load_model(judge / "model.pt", device)[1](made)
     own = train.labels if train.clean is None else train.clean
     spread = [torch.stack([faces[y == c].float().std(0).mean() for c in range(len(classes)) if (y == c).sum() > 1]).mean() for faces, y in ((made, labels), (train.images, own))]
     real = json.loads((judge / "metrics.jsonl").read_text().splitlines()[-1])["accuracy/test_mean_class"]
@@ -215,7 +219,7 @@ def run_one(suite: str, row: Row, seed: int, args) -> None:
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     made = json.loads((folder / "args.json").read_text())
     last = history[-1]
-    numbers = {key: round(value, 6) for key, value in common.summary(history).items()}
+    numbers = {key: round(value, 6) for key, value in summary(history).items()}
     for tag in ("accuracy/test_mean_class", *KNOWN):
         if tag in last:
             numbers[tag] = round(last[tag], 6)
