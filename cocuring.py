@@ -37,6 +37,8 @@ PRESETS = {
     "scratch toy": dict(size=48, epochs=13, batch_size=64, beta=0.65, delta=0.2, warm_up=7, crop=0),
     "pretrained": dict(size=224, epochs=40, batch_size=128, beta=0.65, delta=0.2, warm_up=10),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=7),
+    "pretrained dlib": dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, delta=0.4, warm_up=4, crop=8),
+    "pretrained dlib ferplus": dict(crop=4),
 }
 
 

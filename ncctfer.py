@@ -38,6 +38,7 @@ PRESETS = {
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=3),
+    "pretrained dlib": dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, decay=0.95, warm_up=3),
 }
 
 

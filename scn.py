@@ -39,6 +39,8 @@ PRESETS = {
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, crop=0),
     "pretrained": SGD | dict(size=224, epochs=40, batch_size=128, warm_up=9),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=5),
+    "pretrained dlib": ADAM | dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, warm_up=4, crop=8),
+    "pretrained dlib ferplus": dict(crop=4),
 }
 
 

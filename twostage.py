@@ -41,6 +41,7 @@ PRESETS = {
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999,
                        mixture="class"),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
+    "pretrained dlib": ADAM | dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, warm_up=3, ema=0.99),
 }
 
 

@@ -43,7 +43,10 @@ class Row:
 
 
 PLAIN = "--lambda-max 0 --no-relabel"
-ONE, TWO = Row("one network (baseline)", "cocuring", f"--networks 1 {PLAIN}", 1), Row("two networks (baseline)", "cocuring", PLAIN, 2)
+ONE, TWO = (
+    Row("one network (baseline)", "cocuring", f"--networks 1 {PLAIN}", 1),
+    Row("two networks (baseline)", "cocuring", PLAIN, 2),
+)
 COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
 NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
@@ -145,10 +148,31 @@ SUITES["ferplus-multitask"] = {
     ],
 }
 # Of the last epoch, where the method logs them: what it knows of the noise
-KNOWN = ("labels/accuracy", "relabel/precision", "relabel/recall", "weight/auroc_clean", "weight/high", "weight/low",
-         "confident/share", "confident/purity", "confident/recall", "negative/top", "negative/classes",
-         "labelled/share", "labelled/purity", "labelled/recall", "labelled/auroc", "pseudo/share", "pseudo/accuracy_above",
-         "loss/cross_entropy", "va/ccc_valence", "va/ccc_arousal", "faces/recognised", "faces/judge", "faces/spread")
+KNOWN = (
+    "labels/accuracy",
+    "relabel/precision",
+    "relabel/recall",
+    "weight/auroc_clean",
+    "weight/high",
+    "weight/low",
+    "confident/share",
+    "confident/purity",
+    "confident/recall",
+    "negative/top",
+    "negative/classes",
+    "labelled/share",
+    "labelled/purity",
+    "labelled/recall",
+    "labelled/auroc",
+    "pseudo/share",
+    "pseudo/accuracy_above",
+    "loss/cross_entropy",
+    "va/ccc_valence",
+    "va/ccc_arousal",
+    "faces/recognised",
+    "faces/judge",
+    "faces/spread",
+)
 NAMES = {"accuracy/test_mean_class": "class mean", "ccc/last5": "CCC, last5"}
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
@@ -167,7 +191,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     except OSError:
         names = []
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} core{'s' * (torch.get_num_threads() > 1)}"
@@ -191,17 +219,39 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     if not (judge / "model.pt").exists():
         flags = f"--data {run.data} --size {run.size} --batch-size {run.batch_size} {PLAIN} --networks 1 --epochs {6 if run.data == 'toy' else 15}"
         flags += f" --classes {run.classes}" if run.classes else ""
-        if importlib.import_module("cocuring").main([*flags.split(), "--root", str(run.root), "--resume", "--out", str(judge.parent), "--name", judge.name, "--cache", args.cache]):
+        if importlib.import_module("cocuring").main(
+            [
+                *flags.split(),
+                "--root",
+                str(run.root),
+                "--resume",
+                "--out",
+                str(judge.parent),
+                "--name",
+                judge.name,
+                "--cache",
+                args.cache,
+            ]
+        ):
             sys.exit(2)
     train, _, sets = jointgan.load_label_sets(run)
     y0 = torch.randn(len(classes) * count, run.noise_dim, generator=common.generator_of("score", run.seed))
     labels, va = torch.arange(len(classes)).repeat_interleave(count), jointgan.class_va(train)
-    made = jointgan.make_faces(decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run)
+    made = jointgan.make_faces(
+        decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run
+    )
     probs, _ = load_model(judge / "model.pt", device)[1](made)
     own = train.labels if train.clean is None else train.clean
-    spread = [torch.stack([faces[y == c].float().std(0).mean() for c in range(len(classes)) if (y == c).sum() > 1]).mean() for faces, y in ((made, labels), (train.images, own))]
+    spread = [
+        torch.stack([faces[y == c].float().std(0).mean() for c in range(len(classes)) if (y == c).sum() > 1]).mean()
+        for faces, y in ((made, labels), (train.images, own))
+    ]
     real = json.loads((judge / "metrics.jsonl").read_text().splitlines()[-1])["accuracy/test_mean_class"]
-    numbers = {"recognised": (probs.argmax(1) == labels).float().mean().item(), "judge": real, "spread": (spread[0] / spread[1]).item()}
+    numbers = {
+        "recognised": (probs.argmax(1) == labels).float().mean().item(),
+        "judge": real,
+        "spread": (spread[0] / spread[1]).item(),
+    }
     return {f"faces/{key}": round(value, 6) for key, value in numbers.items()}
 
 
@@ -224,12 +274,21 @@ def run_one(suite: str, row: Row, seed: int, args) -> None:
         if tag in last:
             numbers[tag] = round(last[tag], 6)
     if row.script == "jointgan":
-        concordance = [line[tag] for line in history[-5:] for tag in ("va/ccc_valence", "va/ccc_arousal") if tag in line]
+        concordance = [
+            line[tag] for line in history[-5:] for tag in ("va/ccc_valence", "va/ccc_arousal") if tag in line
+        ]
         numbers |= {"ccc/last5": round(statistics.mean(concordance), 6)} if concordance else {}
         numbers |= score_faces(folder, args)
     content = {
-        "row": row.name, "command": f"python {row.script}.py {' '.join(flags)}", "seed": seed, "passes": row.passes, **numbers,
-        "seconds": round(sum(line["seconds"] for line in history)), "machine": machine(), "versions": made["versions"], "commit": made["commit"],
+        "row": row.name,
+        "command": f"python {row.script}.py {' '.join(flags)}",
+        "seed": seed,
+        "passes": row.passes,
+        **numbers,
+        "seconds": round(sum(line["seconds"] for line in history)),
+        "machine": machine(),
+        "versions": made["versions"],
+        "commit": made["commit"],
         "curve": [round(line["accuracy/test"], 4) for line in history],
     }
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +299,11 @@ def records(suite: str) -> list[tuple[Row, list[dict]]]:
     """The recorded runs of each row of a suite, in the order of its table."""
     found = []
     for row in SUITES[suite]["rows"]:
-        runs = [json.loads(path.read_text()) for seed in SUITES[suite]["seeds"] if (path := record_path(suite, row, seed)).exists()]
+        runs = [
+            json.loads(path.read_text())
+            for seed in SUITES[suite]["seeds"]
+            if (path := record_path(suite, row, seed)).exists()
+        ]
         if runs:
             found.append((row, runs))
     return found
@@ -261,10 +324,13 @@ def write_docs() -> None:
     from matplotlib.figure import Figure
 
     keys = ("best", "last5", "final", "accuracy/test_mean_class", "ccc/last5")
-    text = ["# Results", "",
-            "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on the test set as in",
-            "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean is that of the last one; CCC the mean of both dimensions.",
-            "`passes`: forward-backward passes that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`."]
+    text = [
+        "# Results",
+        "",
+        "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on the test set as in",
+        "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean is that of the last one; CCC the mean of both dimensions.",
+        "`passes`: forward-backward passes that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
+    ]
     for suite, what in SUITES.items():
         rows = records(suite)
         if not rows:
@@ -273,17 +339,40 @@ def write_docs() -> None:
         head = ["", "seeds", *(NAMES.get(key, key) for key in shown), "passes", "minutes", "s an epoch"]
         text += ["", f"## {what['title']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row, runs in rows:
-            seconds, epochs = (statistics.mean(values) for values in zip(*((run["seconds"], len(run["curve"])) for run in runs)))
-            text.append(f"| {row.name} | {len(runs)} | " + " | ".join(cell(runs, key) for key in shown) + f" | {row.passes} | {seconds / 60:.1f} | {seconds / epochs:.0f} |")
+            seconds, epochs = (
+                statistics.mean(values) for values in zip(*((run["seconds"], len(run["curve"])) for run in runs))
+            )
+            text.append(
+                f"| {row.name} | {len(runs)} | "
+                + " | ".join(cell(runs, key) for key in shown)
+                + f" | {row.passes} | {seconds / 60:.1f} | {seconds / epochs:.0f} |"
+            )
         tags = [tag for tag in KNOWN if any(tag in run for _, runs in rows for run in runs)]
-        text += ["", "What the methods know of the noise, and what else they log; last epoch, per cent (`negative/classes`, `loss/cross_entropy`: as they are):", "",
-                 "| | " + " | ".join(tags) + " |", "|---" * (len(tags) + 1) + "|"]
+        text += [
+            "",
+            "What the methods know of the noise, and what else they log; last epoch, per cent (`negative/classes`, `loss/cross_entropy`: as they are):",
+            "",
+            "| | " + " | ".join(tags) + " |",
+            "|---" * (len(tags) + 1) + "|",
+        ]
         for row, runs in rows:
             if any(tag in run for tag in tags for run in runs):
-                text.append(f"| {row.name} | " + " | ".join(cell(runs, tag, 1 if tag in UNSCALED else 100) for tag in tags) + " |")
-        text += ["", f"![test accuracy against epoch](figures/{suite}.png)", "", "Commands (seed 1), and last5 of every seed:", ""]
+                text.append(
+                    f"| {row.name} | "
+                    + " | ".join(cell(runs, tag, 1 if tag in UNSCALED else 100) for tag in tags)
+                    + " |"
+                )
+        text += [
+            "",
+            f"![test accuracy against epoch](figures/{suite}.png)",
+            "",
+            "Commands (seed 1), and last5 of every seed:",
+            "",
+        ]
         for row, runs in rows:
-            text.append(f"- {row.name}: `{runs[0]['command']}`: " + ", ".join(f"{100 * run['last5']:.1f}" for run in runs))
+            text.append(
+                f"- {row.name}: `{runs[0]['command']}`: " + ", ".join(f"{100 * run['last5']:.1f}" for run in runs)
+            )
         used = sorted({f"{run['machine']}; torch {run['versions']['torch']}" for _, runs in rows for run in runs})
         text += ["", f"Machine: {' / '.join(used)}."]
 
@@ -309,18 +398,34 @@ def write_docs() -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="what to run (default: nothing, only write the docs)")
+    parser.add_argument(
+        "suites", nargs="*", choices=[*SUITES, []], help="what to run (default: nothing, only write the docs)"
+    )
     parser.add_argument("--root", help="folder of the data set, where the suite needs one")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the suite")
-    parser.add_argument("--rows", choices=sorted({slug(row) for suite in SUITES.values() for row in suite["rows"]}), nargs="+", metavar="ROW", help="only these rows, named as the records are: co-curing-no-relabelling")
+    parser.add_argument(
+        "--rows",
+        choices=sorted({slug(row) for suite in SUITES.values() for row in suite["rows"]}),
+        nargs="+",
+        metavar="ROW",
+        help="only these rows, named as the records are: co-curing-no-relabelling",
+    )
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--cache", default="cache", help="where decoded images are kept (default: %(default)s)")
     args = parser.parse_args(argv)
-    todo = [(suite, row, seed) for suite in args.suites for seed in SUITES[suite]["seeds"] if not args.seeds or seed in args.seeds
-            for row in SUITES[suite]["rows"] if (not args.rows or slug(row) in args.rows) and not record_path(suite, row, seed).exists()]
+    todo = [
+        (suite, row, seed)
+        for suite in args.suites
+        for seed in SUITES[suite]["seeds"]
+        if not args.seeds or seed in args.seeds
+        for row in SUITES[suite]["rows"]
+        if (not args.rows or slug(row) in args.rows) and not record_path(suite, row, seed).exists()
+    ]
     began = time.perf_counter()
     for done, (suite, row, seed) in enumerate(todo):
-        left = f", about {(time.perf_counter() - began) / done * (len(todo) - done) / 60:.0f} minutes left" if done else ""
+        left = (
+            f", about {(time.perf_counter() - began) / done * (len(todo) - done) / 60:.0f} minutes left" if done else ""
+        )
         print(f"\n=== {done + 1} of {len(todo)}{left}: {suite}, {row.name}, seed {seed}", flush=True)
         run_one(suite, row, seed, args)
     write_docs()

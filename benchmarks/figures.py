@@ -1,15 +1,15 @@
 """The papers' figures, drawn from finished runs: each subcommand takes run folders (runs/<name>) and writes one PNG.
 
-    python benchmarks/figures.py weights CLEAN NOISY CURED   # SCN, Fig. 3: the weights of the same training faces in three runs
-    python benchmarks/figures.py gradcam RUN [RUN ...]       # NCCTFER, Fig. 8: where the networks look; green right, red wrong
-    python benchmarks/figures.py tsne RUN                    # the features of the test faces in the plane (needs scikit-learn)
-    python benchmarks/figures.py votes RUN                   # FERPlus: the most suspicious labels of a run beside the annotators' votes
-    python benchmarks/figures.py scalar TAG RUN [RUN ...]    # any scalar of metrics.jsonl against the epoch, as loss/cross_entropy
-    python benchmarks/figures.py plane RUN --label neutral   # jointgan.py: faces made over the plane of valence and arousal
-    python benchmarks/figures.py between RUN happiness anger # jointgan.py: faces made on the way from one class to another
+python benchmarks/figures.py weights CLEAN NOISY CURED   # SCN, Fig. 3: the weights of the same training faces in three runs
+python benchmarks/figures.py gradcam RUN [RUN ...]       # NCCTFER, Fig. 8: where the networks look; green correct, red wrong
+python benchmarks/figures.py tsne RUN                    # the features of the test faces in the plane (needs scikit-learn)
+python benchmarks/figures.py votes RUN                   # FERPlus: the most suspicious labels of a run beside the annotators' votes
+python benchmarks/figures.py scalar TAG RUN [RUN ...]    # any scalar of metrics.jsonl against the epoch, as loss/cross_entropy
+python benchmarks/figures.py plane RUN --label neutral   # jointgan.py: faces generated over the plane of valence and arousal
+python benchmarks/figures.py between RUN happiness anger # jointgan.py: faces generated on the way from one class to another
 
-    for run in "--noise 0 --name clean" "--noise 0.2 --no-relabel --name noisy" "--noise 0.2 --name cured"; do python scn.py --data toy $run; done
-    python benchmarks/figures.py weights runs/clean runs/noisy runs/cured
+for run in "--noise 0 --name clean" "--noise 0.2 --no-relabel --name noisy" "--noise 0.2 --name cured"; do python scn.py --data toy $run; done
+python benchmarks/figures.py weights runs/clean runs/noisy runs/cured
 """
 
 import argparse
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import datasets  # noqa: E402
+from support import datasets  # noqa: E402 - found through the line above
+from support.figures import faces, new_figure  # noqa: E402
+from support.runs import Parser, positive_int, reports_errors  # noqa: E402
 
-import common  # noqa: E402 - found through the line above
-import jointgan  # noqa: E402
+import common  # noqa: E402
 from common import UserError  # noqa: E402
 
 
@@ -41,19 +42,19 @@ class Trained:
         self.folder, self.method, self.classes = folder, state["method"], state["classes"]
         self.args = argparse.Namespace(**state["args"] | {"pretrained": "none", "compile": False})
         script = importlib.import_module(self.method)
-        device = torch.device("cpu")
-        make = getattr(script, "make_networks", None)
-        self.network = make(self.args, len(self.classes), device)[0] if make else script.make_network(self.args, len(self.classes), device)
+        make = getattr(script, "make_networks", None)  # of the peers the first
+        count = len(self.classes)
+        self.network = make(self.args, count)[0] if make else script.make_network(self.args, count)
         self.network.load_state_dict(state["networks"][0])
         self.network.eval()
-        self.train, self.test = common.load_data(self.args)
+        self.train, self.test = datasets.load_data(self.args)
 
     def head(self) -> nn.Linear:
         return self.network.positive if self.method == "ncctfer" else self.network.head
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> (N, width), float32."""
-        parts = common.Pixels(images, torch.device("cpu")).inputs(self.args.size)
+        parts = common.Images(images, self.args.size, torch.device("cpu"))
         with torch.no_grad():
             return torch.cat([self.network.backbone(x) for x in parts])
 
@@ -83,8 +84,12 @@ def weights_figure(folders: list[Path], columns: int):
             label = final[last.names[i]]
             captions.append(f"{label}\n{a:.2f}")
             colours.append("black" if label == last.classes[last.clean[i]] else "tab:red")
-    title = "Weights of the same faces, a row per run: " + ", ".join(run.folder.name for run in runs) + " (red: the label is wrong)"
-    return common.figure_of_faces(last.images[rows * len(runs)], captions, colours, title, columns)
+    title = (
+        "Weights of the same faces, a row per run: "
+        + ", ".join(run.folder.name for run in runs)
+        + " (red: the label is wrong)"
+    )
+    return faces(last.images[rows * len(runs)], captions, colours, title, columns)
 
 
 def grad_cam(network: nn.Module, head: nn.Linear, x: Tensor, smallest: int = 6) -> tuple[Tensor, Tensor]:
@@ -103,7 +108,7 @@ def grad_cam(network: nn.Module, head: nn.Linear, x: Tensor, smallest: int = 6) 
     logits = head(network.backbone(x))
     for hook in hooks:
         hook.remove()
-    gradient, = torch.autograd.grad(logits.amax(1).sum(), kept["map"])
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), kept["map"])
     importance = gradient.mean((2, 3), keepdim=True)  # Eq. 1
     cam = (importance * kept["map"]).sum(1, keepdim=True).relu().detach()  # Eq. 2
     cam = nn.functional.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0]
@@ -120,26 +125,32 @@ def gradcam_figure(folders: list[Path], columns: int):
         raise UserError("the runs must be on the same test images")
     order = torch.arange(len(test.labels))
     per_class = [order[test.labels == c] for c in range(len(test.classes))]
-    rows = [members[k].item() for k in range(columns) for members in per_class if k < len(members)][:columns]  # every class in turn
+    rows = [members[k].item() for k in range(columns) for members in per_class if k < len(members)][
+        :columns
+    ]  # every class in turn
     shown, captions, colours = [], [], []
     for run in runs:
-        x = next(common.Pixels(test.images[rows], torch.device("cpu")).inputs(run.args.size))
+        x = common.network_input(test.images[rows], run.args.size)
         cam, probs = grad_cam(run.network, run.head(), x)
         cam = nn.functional.interpolate(cam[:, None], test.images.shape[-2:], mode="bilinear")
-        heat = torch.from_numpy(colormaps["jet"](cam[:, 0].numpy())[..., :3]).permute(0, 3, 1, 2)  # (N, 3, H, W) in [0, 1]
-        faces = test.images[rows].expand(-1, 3, -1, -1) / 255
-        shown.append((255 * (0.6 * faces + 0.4 * heat)).to(torch.uint8))
+        heat = torch.from_numpy(colormaps["jet"](cam[:, 0].numpy())[..., :3]).permute(
+            0, 3, 1, 2
+        )  # (N, 3, H, W) in [0, 1]
+        photographs = test.images[rows].expand(-1, 3, -1, -1) / 255
+        shown.append((255 * (0.6 * photographs + 0.4 * heat)).to(torch.uint8))
         for i, p in zip(rows, probs):
             captions.append(f"{test.classes[p.argmax()]}\n{p.max():.2f}")
             colours.append("tab:green" if p.argmax() == test.labels[i] else "tab:red")
-    title = "Grad-CAM of the predicted class, a row per run: " + ", ".join(run.folder.name for run in runs) + " (green right, red wrong)"
-    return common.figure_of_faces(torch.cat(shown), captions, colours, title, columns)
+    title = (
+        "Grad-CAM of the predicted class, a row per run: "
+        + ", ".join(run.folder.name for run in runs)
+        + " (green correct, red wrong)"
+    )
+    return faces(torch.cat(shown), captions, colours, title, columns)
 
 
 def tsne_figure(folder: Path):
     """The features of the test faces in the plane by t-SNE, coloured by their labels."""
-    from matplotlib.figure import Figure
-
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -147,7 +158,7 @@ def tsne_figure(folder: Path):
     run = Trained(folder)
     perplexity = min(30, (len(run.test.images) - 1) // 3)  # scikit-learn's own, less where there are few faces
     place = TSNE(perplexity=perplexity, random_state=0).fit_transform(run.features(run.test.images).numpy())
-    figure = Figure((6.5, 6), layout="constrained")
+    figure = new_figure(6.5, 6, layout="constrained")
     axes = figure.subplots()
     for c, name in enumerate(run.test.classes):
         axes.scatter(*place[run.test.labels.numpy() == c].T, s=6, label=name)
@@ -196,22 +207,24 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     entropy, score = vote_entropy(counts), np.array([float(row["score"]) for row in rows])
     given = np.array([classes.index(row["given"]) for row in rows])
     share = counts[np.arange(len(rows)), given] / counts.sum(1)
-    print(f"{folder}, {len(rows):,} images: rank correlation of suspicion with the entropy of the votes {rank_correlation(score, entropy):.3f}")
-    print(f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, {share.mean():.2f} in all; entropy {entropy[:count].mean():.2f} and {entropy.mean():.2f}")
+    print(
+        f"{folder}, {len(rows):,} images: rank correlation of suspicion with the entropy of the votes {rank_correlation(score, entropy):.3f}"
+    )
+    print(
+        f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, {share.mean():.2f} in all; entropy {entropy[:count].mean():.2f} and {entropy.mean():.2f}"
+    )
     captions = []
     for row, counted in zip(rows[:count], counts):
         said = sorted(zip(counted.tolist(), [*classes, "unknown", "no face"]), reverse=True)[:2]
         captions.append(f"{row['given']} {row['score'][:4]}\n" + ", ".join(f"{name} {n}" for n, name in said if n))
     images = np.stack([datasets.decode(sources[i], (48, 48), grey=True) for i in found[:count]])
     title = f"{folder.name}: the most suspicious labels, given label and score, then the two most frequent votes"
-    return common.figure_of_faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
+    return faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
 
 
 def scalar_figure(tag: str, folders: list[Path]):
     """A scalar of several runs against the epoch."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5, layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=tag)
     axes.xaxis.get_major_locator().set_params(integer=True)
     for folder in folders:
@@ -221,7 +234,9 @@ def scalar_figure(tag: str, folders: list[Path]):
             raise UserError(f"{folder}: no metrics.jsonl of a run") from None
         points = [(line["epoch"], line[tag]) for line in lines if tag in line]
         if not points:
-            raise UserError(f"{folder}: no {tag} in metrics.jsonl; there are {', '.join(sorted(lines[-1]) if lines else ['no lines'])}")
+            raise UserError(
+                f"{folder}: no {tag} in metrics.jsonl; there are {', '.join(sorted(lines[-1]) if lines else ['no lines'])}"
+            )
         axes.plot(*zip(*points), label=folder.name)
     axes.legend(fontsize=8)
     return figure
@@ -231,11 +246,15 @@ class Maker:
     """The decoder of a run of jointgan.py, and what its faces are made of."""
 
     def __init__(self, folder: Path):
+        import jointgan
+
         state = common.load_checkpoint(folder / "model.pt")
         if state["method"] != "jointgan":
-            raise UserError(f"{folder}: a run of {state['method']}; only jointgan.py makes faces")
+            raise UserError(f"{folder}: a run of {state['method']}; only jointgan.py generates faces")
         self.args, self.classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]
-        _, self.decoder, _ = jointgan.load_networks(state["networks"], self.args, len(self.classes), torch.device("cpu"))
+        _, self.decoder, _ = jointgan.load_networks(
+            state["networks"], self.args, len(self.classes), torch.device("cpu")
+        )
         if self.decoder is None:
             raise UserError(f"{folder}: this run has no decoder")
         self.train, _, sets = jointgan.load_label_sets(self.args)
@@ -258,9 +277,9 @@ def plane_figure(folder: Path, label: str, columns: int = 9):
     steps = torch.linspace(-1, 1, columns)
     va = torch.stack([steps.repeat(columns), steps.flip(0).repeat_interleave(columns)], 1)
     y0 = jointgan.latent_vectors(1, maker.args, torch.device("cpu")).expand(len(va), -1)
-    faces = maker.faces(y0, maker.vector(label).expand(len(va), -1), va)
+    generated = maker.faces(y0, maker.vector(label).expand(len(va), -1), va)
     captions = [f"v {v:+.2f}, a {a:+.2f}" for v, a in va.tolist()]
-    return common.figure_of_faces(faces, captions, ["black"] * len(va), f"{folder.name}: {label}, over valence and arousal", columns)
+    return faces(generated, captions, ["black"] * len(va), f"{folder.name}: {label}, over valence and arousal", columns)
 
 
 def between_figure(folder: Path, first: str, second: str, columns: int = 9, rows: int = 6):
@@ -269,34 +288,38 @@ def between_figure(folder: Path, first: str, second: str, columns: int = 9, rows
     share = torch.linspace(0, 1, columns).repeat(rows)[:, None]
     labels = (1 - share) * maker.vector(first) + share * maker.vector(second)
     y0 = jointgan.latent_vectors(rows, maker.args, torch.device("cpu")).repeat_interleave(columns, 0)
-    faces = maker.faces(y0, labels, None if maker.va is None else labels @ maker.va)
+    generated = maker.faces(y0, labels, None if maker.va is None else labels @ maker.va)
     captions = [f"{100 * s:.0f} %" for s in share[:, 0].tolist()]
-    return common.figure_of_faces(faces, captions, ["black"] * len(faces), f"{folder.name}: from {first} to {second}", columns)
+    return faces(generated, captions, ["black"] * len(generated), f"{folder.name}: from {first} to {second}", columns)
 
 
-@common.reports_errors
+@reports_errors
 def main(argv=None) -> int:
-    parser = common.Parser("figures.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(__file__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, count, help_ in (("weights", 3, "SCN, Fig. 3"), ("gradcam", "+", "NCCTFER, Fig. 8"), ("tsne", 1, "features in the plane")):
+    for name, count, help_ in (
+        ("weights", 3, "SCN, Fig. 3"),
+        ("gradcam", "+", "NCCTFER, Fig. 8"),
+        ("tsne", 1, "features in the plane"),
+    ):
         command = commands.add_parser(name, help=help_)
         command.add_argument("runs", nargs=count, type=Path, help="run folders")
-        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write (default: %(default)s)")
+        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write")
         if name != "tsne":
-            command.add_argument("--columns", type=common.positive_int, default=14, help="faces in a row (default: %(default)s)")
+            command.add_argument("--columns", type=positive_int, default=14, help="faces in a row")
     votes = commands.add_parser("votes", help="FERPlus: suspicion beside the votes")
     votes.add_argument("run", type=Path, help="a run folder of --data ferplus")
-    votes.add_argument("--out", type=Path, default=Path("votes.png"), help="file to write (default: %(default)s)")
+    votes.add_argument("--out", type=Path, default=Path("votes.png"), help="file to write")
     scalar = commands.add_parser("scalar", help="a scalar against the epoch")
     scalar.add_argument("tag", help="as in metrics.jsonl")
     scalar.add_argument("runs", nargs="+", type=Path, help="run folders")
-    scalar.add_argument("--out", type=Path, default=Path("scalar.png"), help="file to write (default: %(default)s)")
-    plane = commands.add_parser("plane", help="made faces over valence and arousal")
-    between = commands.add_parser("between", help="made faces from one class to another")
+    scalar.add_argument("--out", type=Path, default=Path("scalar.png"), help="file to write")
+    plane = commands.add_parser("plane", help="generated faces over valence and arousal")
+    between = commands.add_parser("between", help="generated faces from one class to another")
     for name, command in (("plane", plane), ("between", between)):
         command.add_argument("run", type=Path, help="a run folder of jointgan.py")
-        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write (default: %(default)s)")
-    plane.add_argument("--label", default="neutral", help="the class whose faces are made (default: %(default)s)")
+        command.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="file to write")
+    plane.add_argument("--label", default="neutral", help="the class whose faces are made ")
     between.add_argument("first", help="the class on the left")
     between.add_argument("second", help="the class on the right")
     args = parser.parse_args(argv)

@@ -234,15 +234,16 @@ def add_training_args(parser, backbone: bool = True) -> None:
 def preset_of(presets: dict, data: str, pretrained: str) -> tuple[str, dict]:
     """The name of the preset in force, and its values.
 
-    presets: {"scratch": {...}, "pretrained": {...}} and refinements, "<either> <data set>" and "pretrained <backbone>".
+    presets: {"scratch": {...}, "pretrained": {...}} and refinements on top, in this order: "<either> <data set>",
+    "pretrained <backbone>" and "pretrained <backbone> <data set>" for weights that belong to a backbone of their own.
     """
     start = "scratch" if pretrained == "none" else "pretrained"
-    values = presets[start]
+    values = presets[start] | presets.get(f"{start} {data}", {})
     if backbone := backbone_of(pretrained):
-        values = values | {"backbone": backbone, "size": BACKBONES[backbone].size}
-        values |= presets.get(f"{start} {backbone}", {})
         start = f"{start} {backbone}"
-    return f"{start} {data}", values | presets.get(f"{start} {data}", {})
+        values |= {"backbone": backbone, "size": BACKBONES[backbone].size}
+        values |= presets.get(start, {}) | presets.get(f"{start} {data}", {})
+    return f"{start} {data}", values
 
 
 def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespace:
