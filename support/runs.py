@@ -21,7 +21,7 @@ import time
 import types
 from pathlib import Path
 
-from support import figures
+from support import face_backbones, figures  # noqa: F401 - the former registers its networks
 from support.datasets import Split
 
 import numpy as np
@@ -265,6 +265,9 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
         parser.error("--evaluate and --predict are two jobs: give one of them")
     if args.predict and len(args.predict) < 2:
         parser.error("--predict takes a model.pt and then images or folders of images")
+    least = getattr(BACKBONES.get(getattr(args, "backbone", None)), "size", 0)
+    if args.size < least and not (args.evaluate or args.predict):
+        parser.error(f"--size {args.size}: --backbone {args.backbone} needs {least} pixels or more")
     args.method = parser.method
     if args.name is None:
         args.name = default_name(args, parser)
