@@ -50,6 +50,8 @@ ONE, TWO = (
 COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
 NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
+SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
+TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1, drawn=False)
 TWOSTAGE_PARTS = [
     Row("two-stage cycle, mixtures of cross-entropies", "twostage", "--detect-by ce", 2, drawn=False),
     Row("two-stage cycle, one mixture for all classes", "twostage", "--mixture global", 2, drawn=False),
@@ -77,7 +79,7 @@ SUITES = {
             Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False),
             Row("two networks, clean labels", "cocuring", f"--noise 0 {PLAIN}", 2),
             SCN,
-            Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False),
+            SCN_BASELINE,
             Row("SCN, relabelling the whole batch", "scn", "--relabel-batch", 1, drawn=False),
             Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False),
             NCCTFER,
@@ -105,6 +107,13 @@ SUITES = {
         "seeds": (1,),
         "rows": [ONE, TWO, COCURING, SCN, NCCTFER, *TWOSTAGE_FERPLUS],
     },
+}
+PRETRAINED = [ONE, TWO, COCURING, SCN, SCN_BASELINE, NCCTFER, NCCTFER_BASELINE, TWOSTAGE, TWOSTAGE_BASELINE]
+SUITES["ferplus-dlib"] = {
+    "title": "FERPlus, dlib's face recognition network, 10,000 images, 40 % symmetric noise",
+    "flags": "--data ferplus --limit 10000 --noise 0.4 --pretrained dlib",
+    "seeds": (1, 2, 3),
+    "rows": PRETRAINED,
 }
 JOINTGAN = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
