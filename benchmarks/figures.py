@@ -296,7 +296,7 @@ def between_figure(folder: Path, first: str, second: str, columns: int = 9, rows
 @reports_errors
 def main(argv=None) -> int:
     parser = Parser(__file__, __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
     for name, count, help_ in (
         ("weights", 3, "SCN, Fig. 3"),
         ("gradcam", "+", "NCCTFER, Fig. 8"),

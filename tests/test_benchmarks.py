@@ -3,21 +3,23 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from support import runs
+
 import numpy as np
 import pytest
 import torch
-import toyfaces
 from conftest import build_ferplus, build_ferplus_csv
 from PIL import Image
 
 import cocuring
-import jointgan
 import ncctfer
 import scn
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,8 +30,13 @@ compare, figures = load("compare"), load("figures")
 
 @pytest.fixture
 def suite(tiny, tmp_path, monkeypatch):
-    rows = [compare.Row("one network (baseline)", "cocuring", "--networks 1 --lambda-max 0 --no-relabel", 1), compare.Row("SCN", "scn", "--relabel-from 1", 1)]
-    monkeypatch.setattr(compare, "SUITES", {"small": {"title": "Small", "flags": " ".join(tiny), "seeds": (1, 2), "rows": rows}})
+    rows = [
+        compare.Row("one network (baseline)", "cocuring", "--networks 1 --lambda-max 0 --no-relabel", 1),
+        compare.Row("SCN", "scn", "--warm-up 0", 1),
+    ]
+    monkeypatch.setattr(
+        compare, "SUITES", {"small": {"title": "Small", "flags": " ".join(tiny), "seeds": (1, 2), "rows": rows}}
+    )
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(compare, "DOCS", tmp_path / "docs")
     (tmp_path / "docs").mkdir()
@@ -42,15 +49,19 @@ def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
     record = tmp_path / "results" / "small" / "scn-s2.json"
     before = record.read_bytes()
     first = json.loads(before)
-    history = [json.loads(line) for line in (tmp_path / "runs" / "small" / "scn-s2" / "metrics.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (tmp_path / "runs" / "small" / "scn-s2" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert first["last5"] == pytest.approx(np.mean([line["accuracy/test"] for line in history]), abs=1e-6)
-    assert first["weight/auc_clean"] == pytest.approx(history[-1]["weight/auc_clean"], abs=1e-6)
-    assert first["command"].startswith("python scn.py --noise 0.4") and first["command"].endswith("--relabel-from 1 --seed 2")
+    assert first["weight/auroc_clean"] == pytest.approx(history[-1]["weight/auroc_clean"], abs=1e-6)
+    assert first["command"].startswith("python scn.py --noise 0.4") and first["command"].endswith(
+        "--warm-up 0 --seed 2"
+    )
     capsys.readouterr()
     assert compare.main(suite) == 0
     assert "=== 2 of 2" in capsys.readouterr().out and record.read_bytes() == before  # seed 1 alone was left to do
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert "## Small" in page and "| SCN | 2 |" in page and "weight/auc_clean" in page
+    assert "## Small" in page and "| SCN | 2 |" in page and "weight/auroc_clean" in page
     assert (tmp_path / "docs" / "figures" / "small.png").exists()
 
 
@@ -59,33 +70,12 @@ def test_compare_goes_on_with_an_interrupted_run(suite, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare.common.Run, "finish", stop)
+        patch.setattr(runs.Run, "finish", stop)
         with pytest.raises(SystemExit):
             compare.main([*suite, "--seeds", "1"])
     assert not (tmp_path / "results").exists()
     assert compare.main([*suite, "--seeds", "1"]) == 0
     assert json.loads((tmp_path / "results" / "small" / "scn-s1.json").read_text())["seed"] == 1
-
-
-def test_made_faces_are_scored(tiny, tmp_path, monkeypatch):
-    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
-    assert jointgan.main([*tiny, *small, "--name", "made"]) == 0
-    assert jointgan.main([*tiny, *small, "--name", "alone", "--lambda", "0"]) == 0
-    place = SimpleNamespace(out=tmp_path / "runs", cache=str(tmp_path / "cache"))
-    assert compare.score_faces(tmp_path / "alone", place) == {}
-    got = compare.score_faces(tmp_path / "made", place)
-    assert 0 <= got["faces/recognised"] <= 1 and 0 < got["faces/spread"] < 1
-    judged = json.loads((place.out / "judge" / "toy-32px" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert got["faces/judge"] == pytest.approx(judged["accuracy/test_mean_class"], abs=1e-6)
-
-    def real(decoder, y0, labels, va, sets, args):  # as a perfect decoder: toy faces of the class
-        faces = [toyfaces.draw_face("test", i, size=args.size, label=int(c))[0] for i, c in enumerate(labels.argmax(1))]
-        return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2)
-
-    monkeypatch.setattr(compare.jointgan, "make_faces", real)
-    assert 0.7 < compare.score_faces(tmp_path / "made", place)["faces/spread"] < 1.3
-    monkeypatch.setattr(compare.jointgan, "make_faces", lambda decoder, y0, labels, *rest: torch.full((len(labels), 3, 32, 32), 99, dtype=torch.uint8))
-    assert compare.score_faces(tmp_path / "made", place)["faces/spread"] == 0
 
 
 def test_grad_cam_of_a_linear_map_is_the_weighted_map():
@@ -101,24 +91,41 @@ def test_grad_cam_of_a_linear_map_is_the_weighted_map():
     cam, probs = figures.grad_cam(SimpleNamespace(backbone=backbone), head, x)
     expected = (x[:, 0] - 2 * x[:, 1]).relu()
     assert torch.allclose(cam, expected / expected.amax((1, 2), keepdim=True), atol=1e-5)
-    assert torch.allclose(probs, (torch.stack([x[:, 0] - 2 * x[:, 1], -10 * (x[:, 0] + x[:, 1])], 1).mean((2, 3))).softmax(1), atol=1e-5)
+    assert torch.allclose(
+        probs, (torch.stack([x[:, 0] - 2 * x[:, 1], -10 * (x[:, 0] + x[:, 1])], 1).mean((2, 3))).softmax(1), atol=1e-5
+    )
 
 
 def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
     def run(script, name, *flags):
-        assert script.main([*tiny, *flags, "--out", str(tmp_path), "--name", name, "--cache", str(tmp_path / "cache")]) == 0
+        assert (
+            script.main([*tiny, *flags, "--out", str(tmp_path), "--name", name, "--cache", str(tmp_path / "cache")])
+            == 0
+        )
         return str(tmp_path / name)
 
-    clean, noisy, cured = run(scn, "clean", "--noise", "0"), run(scn, "noisy", "--no-relabel"), run(scn, "cured", "--relabel-from", "1")
+    clean, noisy, cured = (
+        run(scn, "clean", "--noise", "0"),
+        run(scn, "noisy", "--no-relabel"),
+        run(scn, "cured", "--warm-up", "0"),
+    )
     other, peers = run(ncctfer, "other"), run(cocuring, "peers")
-    for command in (["weights", clean, noisy, cured], ["gradcam", other, cured, peers, "--columns", "9"], ["tsne", other]):
+    for command in (
+        ["weights", clean, noisy, cured],
+        ["gradcam", other, cured, peers, "--columns", "9"],
+        ["tsne", other],
+    ):
         if command[0] == "tsne":
             pytest.importorskip("sklearn")
         out = tmp_path / f"{command[0]}.png"
         assert figures.main([*command, "--out", str(out)]) == 0
         pixels = np.asarray(Image.open(out).convert("RGB"))
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
-    for command, words in ((["weights", clean, noisy, other], "of ncctfer"), (["weights", cured, noisy, clean], "injected noise"), (["gradcam", str(tmp_path)], "model.pt")):
+    for command, words in (
+        (["weights", clean, noisy, other], "of ncctfer"),
+        (["weights", cured, noisy, clean], "injected noise"),
+        (["gradcam", str(tmp_path)], "model.pt"),
+    ):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
@@ -138,46 +145,27 @@ def test_rank_correlation_and_entropy_by_hand():
 def test_suspicion_is_shown_beside_the_votes(build, tiny, tmp_path, capsys):
     root = build(tmp_path / "ferplus")
     place = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
-    assert cocuring.main([*tiny, "--data", "ferplus", "--root", str(root), "--noise", "0", "--epochs", "1", *place, "--name", "run"]) == 0
+    assert (
+        cocuring.main(
+            [*tiny, "--data", "ferplus", "--root", str(root), "--noise", "0", "--epochs", "1", *place, "--name", "run"]
+        )
+        == 0
+    )
     assert cocuring.main([*tiny, "--epochs", "1", *place, "--name", "toy"]) == 0
     out = tmp_path / "votes.png"
     assert figures.main(["votes", str(tmp_path / "run"), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "24 images: rank correlation" in said and "0.80 in all" in said  # eight of ten votes, see conftest.votes_for
     assert min(np.asarray(Image.open(out)).shape[:2]) > 100
-    assert figures.main(["scalar", "accuracy/train", str(tmp_path / "run"), str(tmp_path / "toy"), "--out", str(out)]) == 0
-    for command, words in ((["votes", str(tmp_path / "toy")], "a run on toy"), (["votes", str(tmp_path)], "labels.csv"),
-                           (["scalar", "no/tag", str(tmp_path / "run")], "no/tag"), (["scalar", "x", str(tmp_path)], "metrics.jsonl")):
+    assert (
+        figures.main(["scalar", "accuracy/train", str(tmp_path / "run"), str(tmp_path / "toy"), "--out", str(out)]) == 0
+    )
+    for command, words in (
+        (["votes", str(tmp_path / "toy")], "a run on toy"),
+        (["votes", str(tmp_path)], "labels.csv"),
+        (["scalar", "no/tag", str(tmp_path / "run")], "no/tag"),
+        (["scalar", "x", str(tmp_path)], "metrics.jsonl"),
+    ):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
-
-
-def test_made_faces_are_drawn_over_the_plane_and_between_classes(tiny, tmp_path, capsys):
-    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
-    assert jointgan.main([*tiny, *small, "--name", "made"]) == 0
-    assert jointgan.main([*tiny, *small, "--name", "alone", "--lambda", "0"]) == 0
-    made, alone = str(tmp_path / "made"), str(tmp_path / "alone")
-    for command in (["plane", made], ["between", made, "happiness", "anger"]):
-        out = tmp_path / f"{command[0]}.png"
-        assert figures.main([*command, "--out", str(out)]) == 0
-        assert min(np.asarray(Image.open(out)).shape[:2]) > 100
-    for command, words in ((["plane", alone], "no decoder"), (["between", made, "happiness", "joy"], "joy"), (["plane", made, "--label", "dog"], "dog")):
-        capsys.readouterr()
-        assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
-        assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
-
-
-@pytest.mark.parametrize("what", ["data", "methods"])
-def test_throughput_reports_every_kind(what, tiny, tmp_path, monkeypatch, capsys):
-    throughput = load("throughput")
-    monkeypatch.setattr(throughput, "ROUNDS", 1)
-    assert throughput.main([what, *tiny, "--cache", str(tmp_path)]) == 0
-    kinds = {"data": ["synthetic", "real", "loader"], "methods": ["one network", "SCN", "NCCTFER", "Co-curing"]}[what]
-    printed = capsys.readouterr().out.splitlines()
-    assert all(any(line.startswith(kind) and "median" in line for line in printed) for kind in kinds)
-
-
-def test_throughput_must_be_told_what_to_time(capsys):
-    assert load("throughput").main([]) == 2
-    assert "data or methods" in capsys.readouterr().err
