@@ -143,21 +143,21 @@ def detection_losses(probs: Tensor, labels: Tensor, kind: str = "mae") -> Tensor
 
 
 def confident_labels(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Confident learning (C. Northcutt et al., 2021): whose label is the most probable class among the confident ones.
+    """Confident learning (C. Northcutt et al., 2021), with its thresholds as a scale for each class (ours).
 
-    The threshold t_k is the mean of p_k over the samples that are labelled k. A label y is kept if y = argmax p_k over
-    the classes with p_k >= t_k. probs: (N, C), softmax outputs. labels: int64 (N,). Returns bool (N,), and a score (N,)
-    in [-1, 1] that is high for clean labels: p_y minus the largest p_k of the other classes with p_k >= t_k.
+    The threshold t_k is the mean of p_k over the samples that are labelled k. A label y is kept if y = argmax p_k /
+    t_k: a class that the network does not know well yet keeps its labels. (With argmax over the classes whose p_k >=
+    t_k, as in the paper, such a class loses them all: docs/twostage.md.) probs: (N, C), softmax outputs. labels: int64
+    (N,). Returns bool (N,), and a score (N,) that is high for clean labels: log p_y / t_y minus the largest other log
+    p_k / t_k.
     """
-    n, num_classes = probs.shape
-    members = F.one_hot(labels, num_classes).to(probs.dtype)  # (N, C)
+    members = F.one_hot(labels, probs.shape[1]).to(probs.dtype)  # (N, C)
     thresholds = (members * probs).sum(0) / members.sum(0).clamp(min=1)  # (C,)
-    thresholds[members.sum(0) == 0] = torch.inf  # a class without labels is never confident
-    able = torch.where(probs >= thresholds, probs, 0)
-    own = probs.gather(1, labels[:, None])[:, 0]
-    others = able.scatter(1, labels[:, None], 0).amax(1)
-    kept = (able.gather(1, labels[:, None])[:, 0] > 0) & (own >= others)
-    return kept, own - others
+    thresholds = torch.where(members.sum(0) > 0, thresholds, torch.inf)  # a class without labels gets none
+    ratios = (probs / thresholds).clamp(min=1e-12).log()
+    own = ratios.gather(1, labels[:, None])[:, 0]
+    others = ratios.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return own >= others, own - others
 
 
 def labelled_set(probability: Tensor, losses: Tensor, labels: Tensor, above: float = 0.5) -> Tensor:
@@ -244,6 +244,23 @@ def unlabelled_losses(
     return l_u, l_c, sure
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_network(args, num_classes: int, inputs: Tensor | None = None) -> common.Classifier:
+    """inputs: see make_backbone."""
+    torch.manual_seed(common.seed_of("network", 1, args.seed))
+    return common.Classifier(*common.make_backbone(args, inputs), num_classes)
+
+
+def make_optimizer(network, args):
+    """Adam, learning rates times --decay after each epoch."""
+    optimizer = torch.optim.Adam(common.parameter_groups([network], args), fused=True)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
+
+
 @dataclass
 class Division:
     """Stage 1: what a cycle trains on. N training samples, C classes."""
@@ -298,23 +315,6 @@ def division_scalars(division: Division, given: Tensor, clean: Tensor | None) ->
             "labelled/class_recall": recalls,
         }
     return scalars
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def make_network(args, num_classes: int, inputs: Tensor | None = None) -> common.Classifier:
-    """inputs: see make_backbone."""
-    torch.manual_seed(common.seed_of("network", 1, args.seed))
-    return common.Classifier(*common.make_backbone(args, inputs), num_classes)
-
-
-def make_optimizer(network, args):
-    """Adam, learning rates times --decay after each epoch."""
-    optimizer = torch.optim.Adam(common.parameter_groups([network], args), fused=True)
-    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 
 def train_one_epoch(
