@@ -35,13 +35,15 @@ import common
 # plan has no setting; learning rates and augmentation are those of ncctfer.py (docs/twostage.md).
 ADAM = dict(lr=1e-3, head_lr=1e-3, decay=0.95)
 PRESETS = {
-    "scratch": ADAM | dict(size=100, epochs=30, batch_size=128, warm_up=15, ema=0.99, mixture="class"),
+    "scratch": ADAM | dict(size=100, epochs=30, batch_size=128, warm_up=15, ema=0.99, detect_by="mae",
+                           mixture="class"),
     "scratch ferplus": dict(size=48, mixture="global"),
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999,
-                       mixture="class"),
+                       detect_by="mae", mixture="class"),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
-    "pretrained dlib": ADAM | dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, warm_up=3, ema=0.99),
+    "pretrained dlib": dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, decay=0.95, warm_up=3, ema=0.99,
+                            detect_by="confidence"),
 }
 
 
@@ -52,8 +54,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("two-stage cycle").add_argument
     add("--warm-up", type=number(int, 0), help="first epochs on all labels, before the first cycle (DivideMix: 10, 30 "
         "for 100 classes; ours)")
-    add("--detect-by", choices=("confidence", "mae", "ce"), default="mae", help="loss that the mixtures are fitted to: "
-        "mean absolute error 1 - p (ours: bounded, no outliers), or cross-entropy -log p (DivideMix)")
+    add("--detect-by", choices=("confidence", "mae", "ce"), help="confidence: keep a label that is the most probable "
+        "class relative to its class mean (ours, after confident learning); or mixtures of two Gaussians fitted to the "
+        "mean absolute error 1 - p (ours: bounded, no outliers), or to the cross-entropy -log p (DivideMix)")
     add("--mixture", choices=("class", "global"), help="mixtures per class (ours, toy: a global one takes rare classes "
         "for noise), or one for all (DivideMix; FERPlus)")
     add("--clean-above", type=number(float, 0, 1, open_high=True), default=0.5, help="a label is kept if its clean "
