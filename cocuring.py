@@ -143,14 +143,14 @@ def train_one_epoch(networks, optimizer, batches, given: Tensor, current: Tensor
     """
     networks.train()
     device, means = given.device, common.Means()
-    lam = ramp_up(epoch, args.ramp * args.epochs, args.lambda_max, args.beta)  # step 3, Eq. 3
-    for x, index in batches:
+    lam = ramp_up(epoch, args.ramp * args.epochs, args.lambda_max, args.beta)  # step 5, Eq. 3
+    for x, index in batches:  # step 3
         x, index = x.to(device), index.to(device, non_blocking=True)
         y = current[index]
         with common.autocast(device, args.precision):
             logits = [network(x) for network in networks]  # step 4: both see the same view
         if len(networks) == 2:
-            losses = peer_losses(*logits, y, lam)  # steps 5-6
+            losses = peer_losses(*logits, y, lam)  # step 6
         else:
             losses = (F.cross_entropy(*logits, y),)
         optimizer.zero_grad()
