@@ -212,9 +212,9 @@ def main(argv=None) -> int:
             scalars |= train_one_epoch(networks, optimizer, batches, given, current, epoch, args)
             scheduler.step()
             probs = predict(networks, test_images, args)
-            for k in range(1, args.networks + 1):
-                correct = probs[k - 1].argmax(1).cpu() == test.labels
-                scalars[f"accuracy/test/net{k}"] = correct.float().mean().item()
+            if len(networks) == 2:
+                own = (probs.argmax(2).cpu() == test.labels).float().mean(1).tolist()
+                scalars |= {"accuracy/test/net1": own[0], "accuracy/test/net2": own[1]}
             run.end_epoch(epoch, scalars, probs.mean(0), current)
         run.finish(predict(networks, images, args).mean(0), networks, current)
     return 0

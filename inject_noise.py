@@ -7,7 +7,8 @@ for other people and other programs; the scripts read it with --labels.
     python cocuring.py --data toy --labels noise-toy-symmetric-0.2-s1.csv     # the labels of --noise 0.2 --noise-seed 1
 
 With --from-checkpoint the labels are the predictions of a trained model (machine labels, as in "Facial Emotion
-Recognition with Noisy Multi-task Annotations", Sec. 5.2), with valence and arousal in a second file where the model has them.
+Recognition with Noisy Multi-task Annotations", Sec. 5.2), with valence and arousal in a second file where the model
+has them.
 
     python inject_noise.py --data raf --root data/raf --from-checkpoint runs/jointgan-affectnet-n0-s1/model.pt
 """
@@ -28,12 +29,15 @@ from common import UserError, find_device, write_atomically
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add_index_args(parser)
-    add = parser.add_argument
-    add("--from-checkpoint", metavar="MODEL", help="machine labels: what a trained model.pt of any method predicts, classes matched by name; excludes --noise")
-    add("--device", default="auto", help="for --from-checkpoint: cpu, cuda, ... (default: cuda if there is one)")
-    add("--cache", default="cache", metavar="DIR", help="for --from-checkpoint: where decoded images are kept (default: %(default)s)")
-    add("--output", help="file to write (default: noise-<data>-<type>-<rate>-s<seed>.csv, or machine-<data>-<run>.csv); a .json with what was done comes beside it")
-    add("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's own, labels counted from 1 (default: %(default)s)")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--from-checkpoint", metavar="MODEL", help="machine labels: what a trained model.pt of any method predicts, "
+        "classes matched by name; excludes --noise")
+    add("--device", default="auto", help="for --from-checkpoint: cpu, cuda, ...; auto: cuda if there is one")
+    add("--cache", default="cache", metavar="DIR", help="for --from-checkpoint: where decoded images are kept")
+    add("--output", metavar="FILE", help="what to write, .csv or .txt (default: noise-<data>-<type>-<rate>-s<seed>, "
+        "or machine-<data>-<run>); a .json with what was done comes beside it")
+    add("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's "
+        "own, labels counted from 1")
     add("--overwrite", action="store_true", help="replace files that are there")
     early = parser.parse_early(argv)
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, labels=None, split="test")
@@ -55,13 +59,18 @@ def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int
 
 
 def machine_labels(index, args) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the model predicts for the images: int64 (N,), in the classes of the data set, and valence and arousal (N, 2) or None."""
+    """What the model predicts: int64 (N,), in the classes of the data set; valence and arousal (N, 2) or None.
+
+    Raises UserError for a model that shares fewer than two classes with the data set.
+    """
     state, predictor = load_model(args.from_checkpoint, find_device(args.device))
     shared = [k for k, name in enumerate(state["classes"]) if name in index.classes]
     if len(shared) < 2:
-        raise UserError(f"{args.from_checkpoint}: its classes ({', '.join(state['classes'])}) are not those of --data {args.data} ({', '.join(index.classes)})")
-    for missing in set(index.classes) - set(state["classes"]):
-        print(f"the model does not know the class {missing}: no image will be labelled so")
+        raise UserError(f"{args.from_checkpoint}: its classes ({', '.join(state['classes'])}) are not those of "
+                        f"--data {args.data} ({', '.join(index.classes)})")
+    for missing in index.classes:
+        if missing not in state["classes"]:
+            print(f"the model does not know the class {missing}: no image will be labelled so")
     args.size = state["args"]["size"]
     probs, va = predictor(decode_all(index, args, "train"))
     to_data = torch.tensor([index.classes.index(state["classes"][k]) for k in shared])
@@ -83,23 +92,29 @@ def main(argv=None) -> int:
     if args.from_checkpoint:
         clean, (noisy, va) = noisy, machine_labels(index, args)
     counts = transition_matrix(clean, noisy, len(index.classes))
-    per_class = [
-        {"class": name, "images": int(row.sum()), "changed": int(row.sum() - row[c]), "transition": [round(v, 6) for v in (row / row.sum().clamp(min=1)).tolist()]}
-        for c, (name, row) in enumerate(zip(index.classes, counts))
-    ]
-    how = {"checkpoint": args.from_checkpoint} if args.from_checkpoint else {"rate": args.noise, "type": args.noise_type, "seed": args.noise_seed}
-    record = {"data": args.data, "images": len(noisy), **how, "limit": args.limit, "changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
+    per_class = []
+    for c, (name, row) in enumerate(zip(index.classes, counts)):
+        shares = [round(share, 6) for share in (row / row.sum().clamp(min=1)).tolist()]
+        images, kept = int(row.sum()), int(row[c])
+        per_class.append({"class": name, "images": images, "changed": images - kept, "transition": shares})
+    how = {"rate": args.noise, "type": args.noise_type, "seed": args.noise_seed}
+    if args.from_checkpoint:
+        how = {"checkpoint": args.from_checkpoint}
+    record = {"data": args.data, "images": len(noisy), **how, "limit": args.limit}
+    record |= {"changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
     write_labels(output, index.names, noisy, index.classes, args.format)
     if va is not None:
         write_va(va_output, index.names, va)
     write_atomically(note, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
 
-    width = max(map(len, index.classes))
-    print(f"{'from / to':{width}}  " + "  ".join(f"{name:>{max(6, len(name))}}" for name in index.classes) + "   changed")
+    width, columns = max(map(len, index.classes)), [max(6, len(name)) for name in index.classes]
+    names = "  ".join(f"{name:>{n}}" for name, n in zip(index.classes, columns))
+    print(f"{'from / to':{width}}  {names}   changed")
     for entry in per_class:
-        cells = "  ".join(f"{share:{max(6, len(name))}.3f}" for name, share in zip(index.classes, entry["transition"]))
+        cells = "  ".join(f"{share:{n}.3f}" for share, n in zip(entry["transition"], columns))
         print(f"{entry['class']:{width}}  {cells}   {entry['changed']} of {entry['images']}")
-    print(f"{output}: {record['changed']:,} of {record['images']:,} labels changed; {note.name}{f' and {va_output.name}' if va is not None else ''} beside it")
+    beside = note.name if va is None else f"{note.name} and {va_output.name}"
+    print(f"{output}: {record['changed']:,} of {record['images']:,} labels changed; {beside} beside it")
     return 0
 
 

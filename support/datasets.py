@@ -1,26 +1,42 @@
-"""The data sets: lists of images and labels, label noise, label files, decoding and its cache.
+"""The data sets: lists of images and labels, label noise and label files. Files are opened in support/decoding.py.
 
 Letters in shapes: N samples, C channels, H and W pixels.
 """
 
 import csv
 import hashlib
-import json
 import os
-import pickle
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from support import toyfaces
+from support.decoding import (
+    IMAGE_SUFFIXES,
+    Crop,
+    as_float,
+    as_int,
+    check_names,
+    csv_rows,
+    decode,  # noqa: F401 - is taken from here
+    decode_all,
+    in_threads,
+    list_folder,
+    list_images,
+    once,
+    read_npy,
+    read_pickle,
+    reading,
+    size_and_mode,
+    text_lines,
+)
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from common import UserError, generator_of, write_atomically
 
@@ -43,14 +59,18 @@ SYNONYMS = {
 }
 RAF_CLASSES = CANONICAL[:7]  # labels 1..7 in its files
 FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
+FERPLUS_HEADER = ["Usage", "Image name", *FERPLUS_CLASSES, "unknown", "NF"]  # NF: not a face
+# Names that its authors' fer2013new.csv gives to two images each.
+FERPLUS_TWICE = ("fer0006953.png", "fer0008403.png", "fer0011785.png", "fer0033120.png")
 AFFECTNET_CLASSES = ("neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+AFFECTNET_BOX = ("face_x", "face_y", "face_width", "face_height")
+AFFECTNET_HEADER = ["subDirectory_filePath", *AFFECTNET_BOX, "facial_landmarks", "expression", "valence", "arousal"]
 ALIGNED_SAMPLE = 20  # AffectNet: images that are looked at to tell whether all are cropped already
 ORIGIN = {
     "raf": "RAF-DB comes from its authors, www.whdeng.cn/RAF/model1.html",
     "ferplus": "the images come from FER2013 (Kaggle), the votes from github.com/microsoft/FERPlus",
     "affectnet": "AffectNet comes from its authors, mohammadmahoor.com/affectnet, on request",
-    "cifar10": "CIFAR-10's python version comes from www.cs.toronto.edu/~kriz/cifar.html; unpack cifar-10-batches-py there",
+    "cifar10": "its python version comes from www.cs.toronto.edu/~kriz/cifar.html; unpack cifar-10-batches-py there",
     "folder": "a folder has root/train/<class>/* and root/test/<class>/*, or root/<class>/*",
 }
 
@@ -69,7 +89,10 @@ class Split:
 
 @dataclass
 class Index:
-    """A split before decoding: what there is, and where. A source is a path, a Crop, (path, text of pixels), (toy) a number or (CIFAR-10) an array."""
+    """A split before decoding: what there is, and where.
+
+    A source is a path, a Crop, (where, text of pixels), a face's number (toy) or an array (3, H, W) (CIFAR-10).
+    """
 
     names: list[str]
     labels: list[int]
@@ -82,22 +105,15 @@ class Index:
         return Index(names, labels, self.classes, sources, None if self.va is None else self.va[rows])
 
 
-@dataclass(frozen=True)
-class Crop:
-    """A part of an image file: box is left, upper, right, lower, in pixels."""
-
-    path: Path
-    box: tuple[int, int, int, int]
-
-
 def canonical(name: str) -> str:
     """The canonical name of an expression ("Happy" -> "happiness"); other names in lower case."""
     return SYNONYMS.get(name.strip().lower(), name.strip().lower())
 
 
 def not_found(data: str, root, missing) -> UserError:
+    origin = ORIGIN[data.removesuffix("-auto")]
     return UserError(
-        f"--data {data}: looked in {root}, where {missing} is missing; {ORIGIN[data.removesuffix('-auto')]}; --data toy needs no files"
+        f"--data {data}: looked in {root}, where {missing} is missing; {origin}; --data toy needs no files"
     )
 
 
@@ -111,7 +127,8 @@ def label_base(values, num_classes: int, where) -> int:
     if low < 0 or high > num_classes or (low == 0 and high == num_classes):
         raise UserError(f"{where}: labels from {low} to {high} are outside the {num_classes} classes")
     raise UserError(
-        f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; write class names instead"
+        f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; "
+        "write class names instead"
     )
 
 
@@ -120,43 +137,31 @@ def read_rows(path) -> tuple[list[tuple[int, str, str]], bool]:
 
     Without a header a line ends in a blank and a number, or is divided by a comma, or by its last blank.
     """
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    lines = list(text_lines(path))
     header = bool(lines) and lines[0][1].lower() in ("name,label", "image,label")
     rows = []
     for line_number, line in lines[header:]:
         blank = not header and (re.search(r"[^\s,]\s+-?\d+$", line) or "," not in line)
-        fields = line.rsplit(None, 1) if blank else next(csv.reader([line]))
-        if len(fields) != 2 or not fields[0].strip() or not fields[1].strip():
-            raise UserError(f"{path}, line {line_number}: {line!r} is not a name and a label")
-        rows.append((line_number, fields[0].strip(), fields[1].strip()))
+        with reading(f"{path}, line {line_number}", "a name and a label"):
+            fields = [text.strip() for text in (line.rsplit(None, 1) if blank else next(csv.reader([line])))]
+            if len(fields) != 2 or not all(fields):
+                raise ValueError(f"{line[:80]!r}")
+        rows.append((line_number, *fields))
     return rows, header
 
 
-def read_text(path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file") from None
+def numbered(rows, path, num_classes: int) -> tuple[list[tuple[int, str, int]], int]:
+    """The rows of `read_rows` with numbers for labels, and 0 or 1, what they count from.
 
-
-def as_int(text: str, path, line_number: int) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{path}, line {line_number}: {text!r} is not a whole number") from None
-
-
-def numbered_labels(rows, path, num_classes: int) -> list[int]:
-    """0-based labels of the rows of `read_rows`; refuses a line outside 0..num_classes and a list whose base is unclear."""
-    values = []
-    for line_number, _, text in rows:
-        values.append(as_int(text, path, line_number))
-        if not 0 <= values[-1] <= num_classes:
+    Raises UserError for a line outside 0..num_classes and a list whose base is unclear.
+    """
+    found = []
+    for line_number, name, text in rows:
+        with reading(f"{path}, line {line_number}", "a name and a label"):
+            found.append((line_number, name, as_int(text)))
+        if not 0 <= found[-1][2] <= num_classes:
             raise UserError(f"{path}, line {line_number}: label {text} is outside the {num_classes} classes")
-    base = label_base(values, num_classes, path)
-    return [value - base for value in values]
+    return found, label_base([number for _, _, number in found], num_classes, path) if found else 0
 
 
 def read_raf(root: Path, split: str) -> Index:
@@ -164,48 +169,54 @@ def read_raf(root: Path, split: str) -> Index:
     if root.name != "basic" and (root / "basic").is_dir():
         root = root / "basic"
     folder = root / "EmoLabel" if (root / "EmoLabel").is_dir() else root
-    lists = [
-        folder / n
-        for n in ("list_patition_label.txt", "list_partition_label.txt", f"{split}_label.txt")
-        if (folder / n).is_file()
-    ]
     kaggle = root / "DATASET" if (root / "DATASET").is_dir() else root
-    if lists:
-        rows, _ = read_rows(lists[0])
-        labels = numbered_labels(rows, lists[0], 7) if rows else []
-        aligned = root / "Image" / "aligned"
-        if not aligned.is_dir():
-            raise not_found("raf", root, "Image/aligned")
-        kept = [(name, label) for (_, name, _), label in zip(rows, labels) if Path(name).name.startswith(split)]
-        sources = []
-        for name, _ in kept:
-            path = aligned / (Path(name).stem.removesuffix("_aligned") + "_aligned" + Path(name).suffix)
-            sources.append(path if path.is_file() or not (aligned / name).is_file() else aligned / name)
-        index = Index([n for n, _ in kept], [l for _, l in kept], RAF_CLASSES, sources)
-    elif (kaggle / split).is_dir():
-        table = next(
-            (p for p in (root / f"{split}_labels.csv", kaggle.parent / f"{split}_labels.csv") if p.is_file()), None
-        )
-        if table:
-            rows, _ = read_rows(table)
-            labels = numbered_labels(rows, table, 7) if rows else []
-            index = Index(
-                [n for _, n, _ in rows],
-                labels,
-                RAF_CLASSES,
-                [kaggle / split / str(l + 1) / n for (_, n, _), l in zip(rows, labels)],
-            )
-        else:
-            paths = [p for p in sorted((kaggle / split).glob("*/*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-            strange = [p.parent for p in paths if not p.parent.name.isdecimal()]
-            if strange:
-                raise UserError(f"--data raf: {strange[0]} is not named by a label, 1 to 7")
-            base = label_base([int(p.parent.name) for p in paths], 7, kaggle / split) if paths else 1
-            index = Index([p.name for p in paths], [int(p.parent.name) - base for p in paths], RAF_CLASSES, paths)
-    else:
-        raise not_found(
-            "raf", root, "EmoLabel/list_patition_label.txt (official layout) and DATASET/train (Kaggle layout)"
-        )
+    for name in ("list_patition_label.txt", "list_partition_label.txt", f"{split}_label.txt"):
+        if (folder / name).is_file():
+            return read_raf_list(root, folder / name, split)
+    if not (kaggle / split).is_dir():
+        wanted = "EmoLabel/list_patition_label.txt (official layout) and DATASET/train (Kaggle layout)"
+        raise not_found("raf", root, wanted)
+    for table in (root / f"{split}_labels.csv", kaggle.parent / f"{split}_labels.csv"):
+        if table.is_file():
+            rows, base = numbered(read_rows(table)[0], table, 7)
+            rows = [(name, number - base) for _, name, number in once(rows, table, name_key)]
+            sources = [kaggle / split / str(label + 1) / name for name, label in rows]
+            return Index([name for name, _ in rows], [label for _, label in rows], RAF_CLASSES, sources)
+    return read_raf_folders(kaggle / split)
+
+
+def read_raf_list(root: Path, path: Path, split: str) -> Index:
+    aligned = root / "Image" / "aligned"
+    if not aligned.is_dir():
+        raise not_found("raf", root, "Image/aligned")
+    splits = (split,) if path.name.startswith(split) else ("train", "test")
+    rows, base = numbered(read_rows(path)[0], path, 7)
+    index = Index([], [], RAF_CLASSES)
+    for line_number, name, number in once(rows, path, name_key):
+        file = Path(name).name
+        if not file.startswith(splits):
+            raise UserError(f"{path}, line {line_number}: {name} does not begin with {' or '.join(splits)}")
+        if file.startswith(split):
+            usual = aligned / f"{Path(name).stem.removesuffix('_aligned')}_aligned{Path(name).suffix}"
+            index.names.append(name)
+            index.labels.append(number - base)
+            index.sources.append(usual if usual.is_file() or not (aligned / name).is_file() else aligned / name)
+    return index
+
+
+def read_raf_folders(top: Path) -> Index:
+    index, folders, met = Index([], [], RAF_CLASSES), list_folder(top)[0], {}
+    for folder, paths in zip(folders, list_images(folders)):
+        if paths and not re.fullmatch("[0-9]", folder.name):
+            raise UserError(f"--data raf: {folder} is not named by a label, 1 to 7")
+        for path in paths:
+            if met.setdefault(name_key(path.name), path) is not path:
+                raise UserError(f"--data raf: {path} is there as {met[name_key(path.name)]} too")
+        index.names += [path.name for path in paths]
+        index.labels += [int(folder.name) for _ in paths]
+        index.sources += paths
+    base = label_base(index.labels, 7, top) if index.labels else 0
+    index.labels = [label - base for label in index.labels]
     return index
 
 
@@ -221,6 +232,17 @@ def majority(votes: np.ndarray) -> np.ndarray:
     return np.where(wins, winner, -1)
 
 
+def read_votes(texts: list[str], where: str) -> list[int]:
+    """Ten whole numbers; UserError if they are not the votes of ten people (nine for one image)."""
+    with reading(where, "the votes of ten people"):
+        votes = [as_int(text) for text in texts]
+        if min(votes) < 0:
+            raise ValueError("a count is negative")
+        if sum(votes) not in (9, 10):
+            raise ValueError(f"the counts add up to {sum(votes)}")
+        return votes
+
+
 def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, Path]:
     """Names, votes (N, 10), images and the file of the votes of all images of a split, with a majority or without.
 
@@ -231,32 +253,40 @@ def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, 
         table = folder / "label.csv"
         if not table.is_file():
             raise not_found("ferplus", root, f"{folder.name}/label.csv")
-        rows = [(n, row[0], row[2:]) for n, row in csv_rows(table, 12)]
-        sources = [folder / name for _, name, _ in rows]
+        rows = []
+        for n, (name, box, *votes) in csv_rows(table, 12):
+            if not re.fullmatch(r"\(0, *0, *48, *48\)", box):
+                raise UserError(f"{table}, line {n}: {box!r}, where the box of the face is expected, (0, 0, 48, 48)")
+            rows.append((n, name, (read_votes(votes, f"{table}, line {n}"), folder / name)))
     elif (root / "fer2013.csv").is_file() and (root / "fer2013new.csv").is_file():
-        table, usage = (
-            root / "fer2013new.csv",
-            {"train": "Training", "valid": "PublicTest", "test": "PrivateTest"}[split],
-        )
-        pixels = csv_rows(root / "fer2013.csv", 3)
-        rows, sources = [], []
-        votes = csv_rows(table, 12)
-        if len(pixels) != len(votes):
-            raise UserError(f"{table} has {len(votes)} lines and fer2013.csv has {len(pixels)}: they must be in step")
-        for (n, row), (pixel_line, pixel_row) in zip(votes[1:], pixels[1:]):
-            if pixel_row[2].strip() != row[0].strip():
-                raise UserError(
-                    f"{table}, line {n}: usage {row[0]!r} but {pixel_row[2]!r} in fer2013.csv, line {pixel_line}"
-                )
-            if row[0].strip() == usage and row[1]:  # lines without an image name have no votes
-                rows.append((n, row[1], row[2:]))
-                sources.append((f"{root / 'fer2013.csv'}, line {pixel_line}", pixel_row[1]))
+        table = root / "fer2013new.csv"
+        usage = {"train": "Training", "valid": "PublicTest", "test": "PrivateTest"}[split]
+        rows = ferplus_table(table, root / "fer2013.csv", usage)
     else:
         raise not_found("ferplus", root, f"{folder.name}/label.csv (or fer2013.csv with fer2013new.csv)")
-    counts = np.array([[as_int(v, table, n) for v in row] for n, _, row in rows]).reshape(-1, 10)
-    if (counts < 0).any():
-        raise UserError(f"{table}, line {rows[int((counts < 0).any(1).argmax())][0]}: a count of votes is negative")
-    return [name for _, name, _ in rows], counts, sources, table
+    rows = once(rows, table)
+    votes = np.array([votes for _, _, (votes, _) in rows]).reshape(-1, 10)
+    return [name for _, name, _ in rows], votes, [source for _, _, (_, source) in rows], table
+
+
+def ferplus_table(table: Path, pixels: Path, usage: str) -> list:
+    """(line number, name, (votes, (where, pixels))) of the images of a usage: the two files go in step, row by row."""
+    rows = []
+    votes, images = csv_rows(table, len(FERPLUS_HEADER)), csv_rows(pixels, 3)
+    for path, lines, header in ((table, votes, FERPLUS_HEADER), (pixels, images, ["emotion", "pixels", "Usage"])):
+        if next(lines, (0, []))[1] != header:
+            raise UserError(f"{path}: the first line is not {','.join(header)}")
+    for (n, row), (m, image) in zip_longest(votes, images, fillvalue=(0, None)):
+        if row is None or image is None:
+            raise UserError(f"{table if row is None else pixels}: ends before the other file; they must be in step")
+        if row[0] != image[2]:
+            raise UserError(f"{table}, line {n}: usage {row[0]!r}, but {image[2]!r} in {pixels.name}, line {m}")
+        if row[0] == usage and row[1]:  # rows without an image name have no votes
+            name = row[1]
+            if name in FERPLUS_TWICE and any(name == earlier for _, earlier, _ in rows):
+                name = f"{Path(name).stem}-line{n}{Path(name).suffix}"
+            rows.append((n, name, (read_votes(row[2:], f"{table}, line {n}"), (f"{pixels}, line {m}", image[1]))))
+    return rows
 
 
 def read_ferplus(root: Path, split: str) -> Index:
@@ -268,190 +298,165 @@ def read_ferplus(root: Path, split: str) -> Index:
     return Index([names[i] for i in kept], labels[kept].tolist(), FERPLUS_CLASSES, [sources[i] for i in kept])
 
 
-def csv_rows(path, columns: int) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of each line of a csv file; refuses a line without exactly `columns` fields."""
-    rows = []
-    reader = csv.reader(read_text(path).splitlines())
-    for row in reader:
-        if row and len(row) != columns:
-            raise UserError(f"{path}, line {reader.line_num}: {len(row)} fields, expected {columns}")
-        if row:
-            rows.append((reader.line_num, row))
-    return rows
-
-
 def read_folder(root: Path, split: str) -> Index:
-    """root/{train,test}/<class>/*, or root/<class>/* with a fixed fifth of each class, by a hash of the name, as test set."""
+    """root/{train,test}/<class>/*, or root/<class>/*, a fixed fifth of each class, by a hash, being the test set."""
     if not root.is_dir():
         raise not_found("folder", root, "the folder itself")
     split_folders = (root / "train").is_dir()
     if split_folders and not (root / "test").is_dir():
         raise UserError(f"--data folder: {root} has a folder train but none named test; {ORIGIN['folder']}")
+    if split_folders and (root / "train").samefile(root / "test"):
+        raise UserError(f"--data folder: {root / 'train'} and {root / 'test'} are one folder")
     top = root / "train" if split_folders else root
-    found = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
-    classes = tuple(canonical(name) for name in found)
+    folders, _ = list_folder(top)
+    listing = ", ".join(folder.name for folder in folders)
+    classes = tuple(canonical(folder.name) for folder in folders)
     if len(set(classes)) < 2:
         raise UserError(
             f"--data folder: {top} has {len(set(classes))} class folders, at least two are needed; {ORIGIN['folder']}"
         )
     if len(set(classes)) < len(classes):
-        raise UserError(f"--data folder: {top} has two folders of one class among {', '.join(found)}")
-    if split_folders:
-        top = root / split
-        for path in sorted(top.iterdir()):
-            if path.is_dir() and not path.name.startswith(".") and canonical(path.name) not in classes:
-                raise UserError(
-                    f"--data folder: {path} is not among the classes of {root / 'train'}: {', '.join(found)}"
-                )
+        raise UserError(f"--data folder: {top} has two folders of one class among {listing}")
+    if split_folders and split == "test":
+        folders, _ = list_folder(root / "test")
+        for folder in folders:
+            if canonical(folder.name) not in classes:
+                raise UserError(f"--data folder: {folder} is not among the classes of {top}: {listing}")
     index = Index([], [], classes)
-    for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        paths = [p.relative_to(root) for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-        names = [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
+    for folder, paths in zip(folders, list_images(folders)):
+        names = [path.relative_to(root).as_posix() for path in paths]
+        if not names and folder.parent == top:
+            raise UserError(f"--data folder: {folder} has no images ({', '.join(IMAGE_SUFFIXES)}): it is no class")
         if not split_folders:
-            tests = set(sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())[: round(len(names) / 5)])
-            names = [n for n in names if (n in tests) == (split == "test")]
+            tests = set(sorted(names, key=fifth_key)[: round(len(names) / 5)])
+            names = [name for name in names if (name in tests) == (split == "test")]
         index.names += names
         index.labels += [classes.index(canonical(folder.name))] * len(names)
     index.sources = [root / name for name in index.names]
     return index
 
 
+def fifth_key(name: str) -> bytes:
+    return hashlib.sha256(os.fsencode(name)).digest()
+
+
 def read_affectnet(root: Path, split: str, automatic: bool = False) -> Index:
-    """AffectNet: the release with csv files, or the one with npy files (which has no automatic subset). See docs/data.md.
+    """AffectNet: the release with csv files, or the one with npy files (without automatic subset). See docs/data.md.
 
     None, uncertain and no-face are dropped, and images whose valence or arousal is invalid (-2).
     """
-    data = "affectnet-auto" if automatic else "affectnet"
-    tables = {
-        "train": ["automatically_annotated.csv"] if automatic else ["training.csv"],
-        "test": ["validation.csv", "validate.csv"],
-    }[split]
-    folders = [
-        p
-        for p in (root, root / "Manually_Annotated_file_lists", root / "Automatically_annotated_file_list")
-        if p.is_dir()
-    ]
+    data, automatic = "affectnet-auto" if automatic else "affectnet", automatic and split == "train"
+    training = ["automatically_annotated.csv"] if automatic else ["training.csv"]
+    tables = training if split == "train" else ["validation.csv", "validate.csv"]
+    folders = (root, root / "Manually_Annotated_file_lists", root / "Automatically_annotated_file_list")
     table = next((folder / name for folder in folders for name in tables if (folder / name).is_file()), None)
     annotations = root / {"train": "train_set", "test": "val_set"}[split] / "annotations"
     if table:
-        names, sources, rows = read_affectnet_csv(root, table, data, automatic and split == "train")
-    elif annotations.is_dir() and not (automatic and split == "train"):
+        names, sources, rows = read_affectnet_csv(root, table, data, automatic)
+    elif annotations.is_dir() and not automatic:
         names, sources, rows = read_affectnet_npy(annotations)
     else:
-        raise not_found(
-            data,
-            root,
-            f"{' or '.join(tables)} (csv release)"
-            + ("" if automatic else f" and {annotations.relative_to(root)} (npy release)"),
-        )
+        missing = f"{' or '.join(tables)} (csv release)"
+        if data == "affectnet":
+            missing += f" and {annotations.relative_to(root)} (npy release)"
+        raise not_found(data, root, missing)
     expression, va = rows[:, 0].astype(int), rows[:, 1:]
     kept = np.flatnonzero((expression < 8) & (np.abs(va) <= 1).all(1))
-    print(
-        f"AffectNet {split}: {len(kept):,} of {len(names):,} images have one of eight expressions and a valid valence and arousal"
-    )
+    what = "images have one of eight expressions and a valid valence and arousal"
+    print(f"AffectNet {split}: {len(kept):,} of {len(names):,} {what}")
     index = Index(names, expression.tolist(), AFFECTNET_CLASSES, sources, va.astype(np.float32))
     return index.take(kept.tolist())
+
+
+def affectnet_rows(path, *columns: str):
+    """Yield (line number, name, [numbers]) of a list in AffectNet's columns, with a header or in their usual order."""
+    places = None
+    for line_number, row in csv_rows(path):
+        if places is None:
+            header = row if AFFECTNET_HEADER[0] in row else AFFECTNET_HEADER
+            missing = [name for name in columns if name not in header]
+            if missing or len(row) != len(header):
+                raise UserError(f"{path}, line {line_number}: the columns are not those of AffectNet's lists")
+            places = [header.index(name) for name in columns]
+            name_place = header.index(AFFECTNET_HEADER[0])
+            if row is header:
+                continue
+        with reading(f"{path}, line {line_number}", "a row of AffectNet's lists"):
+            numbers = [as_float(row[place]) for place in places]
+            if "expression" in columns and numbers[columns.index("expression")] not in range(11):
+                raise ValueError(f"expression {row[header.index('expression')]} is outside 0 to 10")
+        yield line_number, row[name_place], numbers
+
+
+def is_affectnet(path) -> bool:
+    """Whether a file has AffectNet's columns."""
+    _, first = next(csv_rows(path), (0, []))
+    return AFFECTNET_HEADER[0] in first or len(first) == len(AFFECTNET_HEADER)
 
 
 def read_affectnet_csv(root: Path, table: Path, data: str, automatic: bool) -> tuple[list[str], list, np.ndarray]:
     """Names, sources and (expression, valence, arousal), float64 (N, 3), of a list of the csv release.
 
-    The images are cropped to the list's face boxes, unless the first ones all have one square size: then they are aligned.
+    The images are cropped to the list's face boxes, unless the first ones all have one square size: they are aligned.
     """
-    columns = [
-        "subDirectory_filePath",
-        "face_x",
-        "face_y",
-        "face_width",
-        "face_height",
-        "facial_landmarks",
-        "expression",
-        "valence",
-        "arousal",
-    ]
-    found, what = csv_rows(table, len(columns)), "Automatically_Annotated" if automatic else "Manually_Annotated"
-    if found and found[0][1][0] == columns[0]:
-        columns = found.pop(0)[1]
-    place = {name: k for k, name in enumerate(columns)}
+    what = "Automatically_Annotated" if automatic else "Manually_Annotated"
     choices = [root / f"{what}_Images", root / what / f"{what}_Images", root / what]
-    folder = next((p for p in choices if p.is_dir()), None)
+    folder = next((path for path in choices if path.is_dir()), None)
     if folder is None:
         raise not_found(data, root, f"{what}_Images")
-    names, boxes, rows = [], [], []
-    for line_number, row in found:
-        try:
-            x, y, w, h = (round(float(row[place[f"face_{key}"]])) for key in ("x", "y", "width", "height"))
-            values = [float(row[place[key]]) for key in ("expression", "valence", "arousal")]
-        except (ValueError, KeyError):
-            raise UserError(
-                f"{table}, line {line_number}: face box, expression, valence and arousal must be numbers"
-            ) from None
-        if values[0] not in range(11):
-            raise UserError(f"{table}, line {line_number}: expression {row[place['expression']]} is outside 0 to 10")
-        names.append(row[place["subDirectory_filePath"]])
-        boxes.append((x, y, x + w, y + h))
-        rows.append(values)
-    rows = np.array(rows).reshape(-1, 3)
+    rows = once(list(affectnet_rows(table, *AFFECTNET_BOX, "expression", "valence", "arousal")), table)
+    names = [name for _, name, _ in rows]
     paths = [folder / name for name in names]
-    sizes = set()
-    for i in np.flatnonzero(rows[:, 0] < 8)[:ALIGNED_SAMPLE]:
-        with open_image(paths[i]) as image:
-            sizes.add(image.size)
+    numbers = np.array([numbers for _, _, numbers in rows]).reshape(-1, 7)
+    used = np.flatnonzero(numbers[:, 4] < 8)[:ALIGNED_SAMPLE]
+    sizes = {size_and_mode(paths[i])[0] for i in used}
     aligned = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
-    print(
-        f"{table.name}: the images are "
-        + ("aligned already (one square size), not cropped" if aligned else "cropped to the face boxes")
-    )
-    return names, paths if aligned else [Crop(path, box) for path, box in zip(paths, boxes)], rows
+    done = "aligned already (one square size), not cropped" if aligned else "cropped to the face boxes"
+    print(f"{table.name}: the images are {done}")
+    if aligned:
+        return names, paths, numbers[:, 4:]
+    boxes = ((round(x), round(y), round(x) + round(w), round(y) + round(h)) for x, y, w, h in numbers[:, :4].tolist())
+    return names, [Crop(path, box) for path, box in zip(paths, boxes)], numbers[:, 4:]
 
 
 def read_affectnet_npy(annotations: Path) -> tuple[list[str], list, np.ndarray]:
     """Names, sources and (expression, valence, arousal), float64 (N, 3), of a split of the npy release."""
-    numbers = sorted(
-        (p.name.removesuffix("_exp.npy") for p in annotations.glob("*_exp.npy")), key=lambda n: (len(n), n)
-    )
+    found = (path.name.removesuffix("_exp.npy") for path in annotations.glob("*_exp.npy"))
+    numbers = sorted(found, key=lambda number: (len(number), number))
 
     def read(number):
-        values = []
-        for key in ("exp", "val", "aro"):
-            path = annotations / f"{number}_{key}.npy"
-            try:
-                values.append(float(np.load(path).item()))  # numbers, or strings of them
-            except (OSError, ValueError, EOFError):
-                raise UserError(f"{path}: is missing or does not hold a number") from None
+        values = [read_npy(annotations / f"{number}_{key}.npy") for key in ("exp", "val", "aro")]
         if values[0] not in range(11):
             raise UserError(f"{annotations / number}_exp.npy: expression {values[0]:g} is outside 0 to 10")
         return values
 
     rows = list(in_threads(read, numbers, f"reading {annotations}"))
-    images, split = annotations.parent / "images", annotations.parent.name
-    return (
-        [f"{split}/images/{n}.jpg" for n in numbers],
-        [images / f"{n}.jpg" for n in numbers],
-        np.array(rows).reshape(-1, 3),
-    )
+    names = [f"{annotations.parent.name}/images/{number}.jpg" for number in numbers]
+    return names, [annotations.parent.parent / name for name in names], np.array(rows).reshape(-1, 3)
 
 
 def read_cifar10(root: Path, split: str) -> Index:
-    """CIFAR-10 in its python version, root/cifar-10-batches-py, by torchvision; the source of an image is its array."""
-    from torchvision.datasets import CIFAR10
-
-    class Unpacked(CIFAR10):  # without its checksums, which a re-packed copy or a subset fails
-        train_list, test_list = (
-            [[name, None] for name, _ in CIFAR10.train_list],
-            [[name, None] for name, _ in CIFAR10.test_list],
-        )
-        meta = CIFAR10.meta | {"md5": None}
-
-    try:
-        data = Unpacked(str(root), train=split == "train")
-    except (RuntimeError, OSError):
-        raise not_found("cifar10", root, "cifar-10-batches-py, or a file of it,") from None
-    except (EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"--data cifar10: the files in {root / 'cifar-10-batches-py'} are damaged ({error})") from None
-    return Index(
-        [f"{split}_{i:05d}" for i in range(len(data.targets))], list(data.targets), tuple(data.classes), list(data.data)
-    )
+    """CIFAR-10 in its python version, root/cifar-10-batches-py; the source of an image is its array (3, 32, 32)."""
+    folder = root / "cifar-10-batches-py"
+    batches = [folder / f"data_batch_{k}" for k in range(1, 6)] if split == "train" else [folder / "test_batch"]
+    for path in (*batches, folder / "batches.meta"):
+        if not path.is_file():
+            raise not_found("cifar10", root, path.relative_to(root))
+    with reading(folder / "batches.meta", "CIFAR-10's class names"):
+        classes = tuple(read_pickle(folder / "batches.meta")["label_names"])
+        if not all(isinstance(name, str) for name in classes) or not 2 <= len(set(classes)) == len(classes):
+            raise ValueError("label_names is no list of different names")
+    index = Index([], [], classes)
+    for path in batches:
+        with reading(path, "a batch of CIFAR-10"):
+            batch = read_pickle(path)
+            images, labels = batch["data"].as_uint8().reshape(-1, 3, 32, 32), list(batch["labels"])
+            if len(labels) != len(images) or not all(label in range(len(classes)) for label in labels):
+                raise ValueError(f"{len(labels)} labels of {len(images)} images, to be 0 to {len(classes) - 1}")
+            index.labels += map(int, labels)
+            index.sources += list(images)
+    index.names = [f"{split}_{i:05d}" for i in range(len(index.labels))]
+    return index
 
 
 def read_toy(difficulty: float, split: str) -> Index:
@@ -462,7 +467,7 @@ def read_toy(difficulty: float, split: str) -> Index:
 
 
 def read_index(args, split: str) -> Index:
-    """The list of split "train", or of the one that is evaluated ("test", "valid"), with --classes applied, before --limit."""
+    """The list of split "train", or of the one that is evaluated ("test", "valid"): after --classes, before --limit."""
     root = Path(args.root)
     if args.data == "toy":
         index = read_toy(args.difficulty, split)
@@ -480,6 +485,8 @@ def read_index(args, split: str) -> Index:
         if split == "valid" or (split == "train" and args.split == "valid"):
             tenth = stratified(index.labels, len(index.labels) // 10, generator_of("valid"))
             index = index.take(tenth if split == "valid" else sorted(set(range(len(index.labels))) - set(tenth)))
+    check_names(index.classes, root)
+    check_names(index.names, root)
     if args.classes:
         index = keep_classes(index, args)
     if not index.names:
@@ -519,136 +526,6 @@ def stratified(labels: list[int], count: int, generator) -> list[int]:
     return sorted(chosen)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets: decoding
-# ----------------------------------------------------------------------------------------------------------------------
-
-IN_MEMORY = 2**30  # bytes; a larger cache is memory-mapped
-
-
-def open_image(source):
-    """A PIL image of a source: a path, a Crop, or (where, "70 80 82 ...") as in fer2013.csv."""
-    if isinstance(source, Crop):
-        whole = open_image(source.path)
-        left, upper, right, lower = source.box
-        box = max(0, left), max(0, upper), min(whole.width, right), min(whole.height, lower)
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise UserError(
-                f"{source.path}: the face box {source.box} lies outside the image, {whole.width} x {whole.height}"
-            )
-        try:
-            return whole.crop(box)
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{source.path}: the image is truncated or damaged ({error})") from None
-    if isinstance(source, tuple):
-        where, text = source
-        try:
-            return Image.fromarray(np.array(text.split(), dtype=np.uint8).reshape(48, 48))
-        except (ValueError, OverflowError):
-            raise UserError(f"{where}: is not 48 x 48 grey values") from None
-    try:
-        return Image.open(source)
-    except FileNotFoundError:
-        raise UserError(f"{source}: the image is missing") from None
-    except (OSError, Image.DecompressionBombError):
-        raise UserError(f"{source}: is not an image that can be read") from None
-
-
-def decode(source, size: tuple[int, int], grey: bool) -> np.ndarray:
-    """uint8 (C, H, W) of a source, turned upright by its EXIF tag, resized to (width, height) `size`, not cropped."""
-    image = open_image(source)
-    try:
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{source}: the image is truncated or damaged ({error})") from None
-    if image.size != size:
-        image = image.resize(size, Image.BILINEAR)  # Pillow's filter widens when it shrinks: no aliasing
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-
-
-def decode_all(index: Index, args, split: str) -> Tensor:
-    """uint8 (N, C, H, W) of all images: from the cache if its inputs are unchanged, else decoded and cached.
-
-    Images that all have one square size of at most --size stay native (the device enlarges them); others become --size.
-    """
-    if args.data == "toy":
-        faces = [toyfaces.draw_face(split, i, size=args.size, difficulty=args.difficulty)[0] for i in index.sources]
-        return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
-    if args.data == "cifar10":
-        return torch.from_numpy(np.stack(index.sources)).permute(0, 3, 1, 2).contiguous()
-
-    stamp = hashlib.sha256()  # of the files, not of the labels
-    for name, source in zip(index.names, index.sources):
-        try:
-            path = source.path if isinstance(source, Crop) else source
-            stat = os.stat(path) if isinstance(path, Path) else None
-        except OSError:
-            raise UserError(f"{path}: the image is missing") from None
-        rest = source.box if isinstance(source, Crop) else source[1] if stat is None else None
-        stamp.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns), rest)).encode())
-    place = hashlib.sha256(str(Path(args.root).resolve()).encode()).hexdigest()[:8]
-    file = Path(args.cache) / f"{args.data}-{place}-{split}{len(index.names)}-{args.size}px.npy"
-    note = file.with_suffix(".json")
-    wanted = {"inputs": stamp.hexdigest(), "images": len(index.names), "size": args.size}
-    try:
-        fresh = json.loads(note.read_text()) == wanted and file.is_file()
-    except (OSError, ValueError):
-        fresh = False
-    if fresh:
-        try:
-            return load_array(file)
-        except (OSError, ValueError, EOFError):
-            pass  # damaged: decoded anew
-    build_cache(index, args, split, file, note, wanted)
-    return load_array(file)
-
-
-def load_array(file: Path) -> Tensor:
-    large = file.stat().st_size > IN_MEMORY
-    return torch.from_numpy(np.load(file, mmap_mode="c" if large else None))  # "c": torch wants a writable view
-
-
-def in_threads(work, items: list, what: str, chunk: int = 1024):
-    """Yield work(item) in order, done in threads, at most a chunk ahead (Pillow decodes without holding the interpreter lock)."""
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(desc=what, total=len(items), leave=False, disable=None, unit="img") as bar,
-    ):
-        for start in range(0, len(items), chunk):
-            for result in pool.map(work, items[start : start + chunk]):
-                yield result
-                bar.update()
-
-
-def build_cache(index: Index, args, split, file: Path, note: Path, wanted: dict) -> None:
-    def look(source):
-        if isinstance(source, Crop):  # parts of photographs have all sizes and colour
-            return None, "RGB"
-        with open_image(source) as image:
-            return image.size, image.mode
-
-    sizes, modes = map(set, zip(*in_threads(look, index.sources, f"looking at {args.data} {split}")))
-    native = next(iter(sizes)) if len(sizes) == 1 and None not in sizes else (0, 1)
-    size = native if native[0] == native[1] <= args.size else (args.size, args.size)
-    grey = all(mode in ("L", "1", "LA") or mode.startswith("I") for mode in modes)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)  # so that no old note ever stands beside new images
-
-    def write(path):
-        shape = (len(index.sources), 1 if grey else 3, size[1], size[0])
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-        for i, pixels in enumerate(
-            in_threads(lambda source: decode(source, size, grey), index.sources, f"decoding {args.data} {split}")
-        ):
-            array[i] = pixels
-        array.flush()
-
-    write_atomically(file, write)
-    write_atomically(note, lambda path: path.write_text(json.dumps(wanted)))
-
-
 def load_train_index(args) -> tuple[Index, Tensor, Tensor | None]:
     """The training list after --limit, its labels to train on, int64 (N,), and the clean ones if they are others."""
     index = read_index(args, "train")
@@ -677,14 +554,14 @@ def load_data(args) -> tuple[Split, Split]:
     train = Split(decode_all(index, args, "train"), labels, clean, va[0], index.names, index.classes)
     test = Split(decode_all(test, args, args.split), torch.tensor(test.labels), None, va[1], test.names, test.classes)
     counts = torch.bincount(labels, minlength=len(index.classes)).tolist()
+    listing = ", ".join(f"{name} {count:,}" for name, count in zip(index.classes, counts))
     print(
-        f"{args.data}: {len(train.labels):,} training images ({', '.join(f'{c} {n:,}' for c, n in zip(index.classes, counts))}), "
-        f"{len(test.labels):,} {args.split} images, {tuple(train.images.shape[1:])}"
+        f"{args.data}: {len(train.labels):,} training images ({listing}), {len(test.labels):,} {args.split} images, "
+        f"{tuple(train.images.shape[1:])}"
     )
     if clean is not None:
-        print(
-            f"training labels that differ from the data set's own: {(labels != clean).sum().item():,} ({(labels != clean).float().mean():.1%})"
-        )
+        wrong = labels != clean
+        print(f"labels that differ from the data set's own: {wrong.sum().item():,} ({wrong.float().mean():.1%})")
     return train, test
 
 
@@ -731,7 +608,7 @@ def symmetric_noise(labels: Tensor, rate: float, num_classes: int, generator: to
 
 
 def asymmetric_noise(labels: Tensor, rate: float, pairs: dict[int, int], generator: torch.Generator) -> Tensor:
-    """Move exactly round(rate * n_c) labels of each class c to its confusion partner pairs[c] (NCCTFER, Sec. 4.3.1).
+    """Move exactly round(rate * n_c) labels of each class c to its partner pairs[c] (NCCTFER, Sec. 4.3.1).
 
     labels: int64 (N,), left alone; every class that occurs has a pair. rate in [0, 1). Returns int64 (N,).
     Raises UserError for a rate out of range or a class without a partner.
@@ -756,6 +633,8 @@ def confusion_pairs(classes: tuple[str, ...]) -> dict[int, int]:
 
 def inject(labels: Tensor, classes: tuple[str, ...], rate: float, kind: str, seed: int) -> Tensor:
     """The noise of --noise RATE --noise-type KIND --noise-seed SEED; inject_noise.py writes the same labels."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"the seed of the noise, {seed}, is outside [0, 2^63)")
     generator = torch.Generator().manual_seed(seed)
     if kind == "asymmetric":
         return asymmetric_noise(labels, rate, confusion_pairs(classes), generator)
@@ -767,90 +646,125 @@ def name_key(name: str) -> str:
     return Path(name.replace("\\", "/")).stem.removesuffix("_aligned")
 
 
-def read_labels(path, index: Index) -> Tensor:
-    """Labels, int64 (N,), of the images of `index` from a noisy label file.
+def key_of(index: Index):
+    """How the names of a label file are matched: by `name_key`, or as a whole where that does not tell images apart."""
+    keys = {name_key(name) for name in index.names}
+    return name_key if len(keys) == len(index.names) and not any("/" in name for name in index.names) else str
 
-    Read are `name,label` with class names or integers, and "name label" lines with labels from 0 or from 1 (RAF-DB's
-    own list and the published files: docs/data.md). Lines of other images are passed over. Raises UserError with the
-    line for what is malformed, outside the classes, doubled with another label, or in an unclear numbering.
-    """
-    rows, header = read_rows(path)
-    if not rows:
-        raise UserError(f"{path}: no labels in it")
-    named = header and all(canonical(text) in index.classes for _, _, text in rows)  # a class may be named by a number
-    integers = not named and re.fullmatch(r"-?\d+", rows[0][2]) is not None
-    if integers:
-        labels = numbered_labels(rows, path, len(index.classes))
-    else:
-        labels = []
-        for line_number, _, text in rows:
-            if canonical(text) not in index.classes:
-                raise UserError(
-                    f"{path}, line {line_number}: label {text!r} is not among the classes {', '.join(index.classes)}"
-                )
-            labels.append(index.classes.index(canonical(text)))
 
-    key = str if any("/" in name for name in index.names) else name_key  # names in folders are unique only as a whole
-    table = {}
-    for (line_number, name, _), label in zip(rows, labels):
-        if table.setdefault(key(name), label) != label:
-            raise UserError(f"{path}, line {line_number}: {name} has another label in an earlier line")
+def look_up(rows, index: Index, path, what: str) -> list:
+    """The values of the images of `index` in the rows (line number, name, value) of a file; UserError if one lacks."""
+    key = key_of(index)
+    table = {key(name): value for _, name, value in once(rows, path, key)}
     missing = [name for name in index.names if key(name) not in table]
     if missing:
         raise UserError(
-            f"{path}: no label for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}"
+            f"{path}: no {what} for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}"
         )
-    labels = torch.tensor([table[key(name)] for name in index.names])
-    if integers and index.classes == RAF_CLASSES:
-        check_order(labels, torch.tensor(index.labels), path)
-    return labels
+    return [table[key(name)] for name in index.names]
+
+
+def read_labels(path, index: Index) -> Tensor:
+    """Labels, int64 (N,), of the images of `index` from a noisy label file.
+
+    Read are `name,label` with class names or integers, "name label" lines with labels from 0 or from 1, and lists in
+    AffectNet's columns (docs/data.md). Lines of other images are passed over. Raises UserError, with the line, for what
+    is malformed, outside the classes, doubled with another label, or in an unclear numbering.
+    """
+    by_name = {name: label for label, name in enumerate(index.classes)}
+    if is_affectnet(path):
+        codes = {number: by_name[name] for number, name in enumerate(AFFECTNET_CLASSES) if name in by_name}
+        own = set(index.names)
+        rows = [(n, name, int(value)) for n, name, [value] in affectnet_rows(path, "expression") if name in own]
+    else:
+        rows, header = read_rows(path)
+        # A class may be named by a number; then numbers are names, whatever they count from.
+        named = any(name.isdecimal() for name in index.classes) or not rows or not re.fullmatch(r"-?\d+", rows[0][2])
+        if named:
+            codes, rows = by_name, [(n, name, canonical(text)) for n, name, text in rows]
+        else:
+            rows, base = numbered(rows, path, len(index.classes))
+            codes = {base + label: label for label in range(len(index.classes))}
+    if not rows:
+        raise UserError(f"{path}: no labels in it")
+    for line_number, _, value in rows:
+        if value not in codes:
+            known = ", ".join(index.classes)
+            raise UserError(f"{path}, line {line_number}: label {value!r} is not among the classes {known}")
+    values = look_up(rows, index, path, "label")
+    if codes is not by_name:
+        check_numbering(values, codes, index, path)
+    return torch.tensor([codes[value] for value in values])
+
+
+def check_numbering(values: list[int], codes: dict[int, int], index: Index, path) -> None:
+    """Refuse numbers of which most agree with the data set's own labels if they are read in another usual way.
+
+    codes: number -> label, as they are read. Labels of which most are wrong tell nothing: they are not refused.
+    """
+    pairs = Counter(zip(values, index.labels))
+
+    def agreement(codes):
+        return sum(count for (value, label), count in pairs.items() if codes.get(value) == label) / len(values)
+
+    best = max(0.5, agreement(codes)), None
+    orders = {"RAF-DB's": RAF_CLASSES, "FERPlus's": FERPLUS_CLASSES, "AffectNet's": AFFECTNET_CLASSES}
+    for whose, order in {"this data set's": index.classes, **orders}.items():
+        for base in (0, 1):
+            other = {base + k: index.classes.index(name) for k, name in enumerate(order) if name in index.classes}
+            if agreement(other) > best[0]:
+                best = agreement(other), f"{whose} order ({', '.join(order[:3])}, ...) from {base} on"
+    if best[1]:
+        raise UserError(
+            f"{path}: the labels look numbered in {best[1]}: {best[0]:.0%} agree with the data set's own so, "
+            f"{agreement(codes):.0%} as usual; write class names instead"
+        )
 
 
 def read_va(path, index: Index) -> Tensor:
     """Valence and arousal, float32 (N, 2), of the images of `index`: "name valence arousal" a line, or with commas.
 
-    Values outside [-1, 1] are clamped, and counted on the screen. Raises UserError as `read_labels`.
+    Lists in AffectNet's columns are read too. Values outside [-1, 1] are clamped, and counted on the screen. Raises
+    UserError as `read_labels`, and for AffectNet's mark of invalid values, -2.
     """
-    table, clamped = {}, 0
-    key = str if any("/" in name for name in index.names) else name_key
-    for line_number, line in enumerate(read_text(path).splitlines(), 1):
-        fields = [part.strip() for part in (next(csv.reader([line])) if "," in line else line.rsplit(None, 2))]
-        if not line.strip() or (line_number == 1 and [part.lower() for part in fields[1:]] == ["valence", "arousal"]):
-            continue
-        try:
-            name, *values = fields[0], float(fields[1]), float(fields[2])
-        except (ValueError, IndexError):
-            raise UserError(f"{path}, line {line_number}: {line!r} is not a name, a valence and an arousal") from None
-        if len(fields) != 3 or not np.isfinite(values).all():
-            raise UserError(f"{path}, line {line_number}: {line!r} is not a name, a valence and an arousal")
-        clamped += max(map(abs, values)) > 1
-        table[key(name)] = np.clip(values, -1, 1)
-    missing = [name for name in index.names if key(name) not in table]
-    if missing:
-        raise UserError(
-            f"{path}: no valence and arousal for {len(missing):,} of {len(index.names):,} training images, the first is {missing[0]}"
-        )
+    affectnet = is_affectnet(path)
+    rows = affectnet_rows(path, "valence", "arousal") if affectnet else va_rows(path)
+    key = key_of(index)
+    own = {key(name) for name in index.names}
+    rows = [row for row in rows if key(row[1]) in own]
+    for line_number, name, values in rows:
+        if affectnet and -2 in values:
+            raise UserError(f"{path}, line {line_number}: {name} has a valence or arousal of -2, which means invalid")
+    values = torch.tensor(look_up(rows, index, path, "valence and arousal"), dtype=torch.float64)
+    clamped = (values.abs() > 1).any(1).sum().item()
     if clamped:
-        print(f"{path}: {clamped:,} lines lie outside [-1, 1] and were clamped")
-    return torch.tensor(np.array([table[key(name)] for name in index.names]), dtype=torch.float32)
+        print(f"{path}: training images whose values lie outside [-1, 1] and were clamped: {clamped:,}")
+    return values.clamp(-1, 1).float()
 
 
-def check_order(labels: Tensor, own: Tensor, path) -> None:
-    """Refuse RAF-DB labels that are numbered in AffectNet's order: read so, they agree better with the data set's own."""
-    to_raf = torch.tensor([RAF_CLASSES.index(name) for name in AFFECTNET_CLASSES[:7]])
-    if (to_raf[labels] == own).sum() > (labels == own).sum():
-        raise UserError(
-            f"{path}: the labels look numbered in AffectNet's order (neutral, happy, sad, ...), not RAF-DB's; write class names instead"
-        )
+def va_rows(path):
+    """Yield (line number, name, [valence, arousal]) of the lines of a list, with blanks or commas."""
+    for line_number, line in text_lines(path):
+        with reading(f"{path}, line {line_number}", "a name, a valence and an arousal"):
+            name, *fields = next(csv.reader([line])) if "," in line else line.rsplit(None, 2)
+            if line_number == 1 and [text.strip().lower() for text in fields] == ["valence", "arousal"]:
+                continue
+            if len(fields) != 2 or not name.strip():
+                raise ValueError(f"{line[:80]!r}")
+            yield line_number, name.strip(), [as_float(text) for text in fields]
 
 
 def write_labels(path, names: list[str], labels: Tensor, classes: tuple[str, ...], style: str = "csv") -> None:
-    """Write a noisy label file: "csv", `name,label` with class names, or "list", RAF-DB's "name label" counted from 1."""
+    """Write a noisy label file: "csv", `name,label` with class names, or "list", RAF-DB's "name label" counted from 1.
+
+    Where a class has a number for a name, a list has the names: that is what `read_labels` takes numbers for then.
+    """
 
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             if style == "list":
-                file.writelines(f"{name} {label + 1}\n" for name, label in zip(names, labels.tolist()))
+                numbers = classes if any(map(str.isdecimal, classes)) else range(1, len(classes) + 1)
+                file.writelines(f"{name} {numbers[label]}\n" for name, label in zip(names, labels.tolist()))
             else:
                 rows = csv.writer(file, lineterminator="\n")
                 rows.writerow(("name", "label"))

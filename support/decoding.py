@@ -14,6 +14,7 @@ import pickle
 import re
 import stat
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,13 +66,13 @@ def reading(where, what: str):
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{one_line(where)}: {what} is missing") from None
+        raise UserError(f"{one_line(where)}: the file is missing") from None
     except Exception as error:  # decoders and parsers raise errors of many kinds for damaged files
+        reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(FORMATS)}"
-        else:
-            kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-            reason = getattr(error, "strerror", None) or f"{kind}{error}" or type(error).__name__
+        elif not reason or not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
         reason = one_line(" ".join(reason.split())[:200])
         raise UserError(f"{one_line(where)}: could not be read as {what} ({reason})") from None
 
@@ -125,6 +126,23 @@ def read_npy(path) -> float:
     with reading(path, "an npy file with one number"):
         stat_regular(path)
         return as_float(str(np.load(path, allow_pickle=False).item()))
+
+
+def once(rows, path, key=str) -> list:
+    """The rows (line number, name, value) of a list without repetitions, which are counted on the screen.
+
+    key: what the names of one image have in common. Raises UserError for a name with two values, and as `check_names`.
+    """
+    first = {}
+    for row in rows:
+        line_number, name, value = row
+        check_names([name], f"{path}, line {line_number}")
+        earlier = first.setdefault(key(name), row)
+        if earlier[2] != value:
+            raise UserError(f"{path}, line {line_number}: {name} stands in line {earlier[0]} too, with other values")
+    if len(first) < len(rows):
+        print(f"{path}: lines left out that repeat an earlier one: {len(rows) - len(first):,}")
+    return list(first.values())
 
 
 class PickledArray:
@@ -201,7 +219,10 @@ def read_pickle(path) -> dict:
     """The dict of plain data in a pickle, its arrays as PickledArray. Use inside `reading`."""
     stat_regular(path)
     with open(path, "rb") as file:
-        content = PlainUnpickler(file, encoding="latin1").load()
+        try:
+            content = PlainUnpickler(file, encoding="latin1").load()
+        except (KeyError, IndexError):  # an opcode or a stack entry that does not exist
+            raise ValueError("not a pickle") from None
     if not isinstance(content, dict):
         raise ValueError("not a dict")
     return content
@@ -214,6 +235,59 @@ def read_pickle(path) -> dict:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # Told by the content, whatever the suffix. All that Pillow knows would include EPS, which runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+
+
+# Images that are counted, not read: they would be told by their content, but nobody expects it.
+OTHER_SUFFIXES = tuple(".gif .tif .tiff .heic .heif .avif .jfif .jpe .jp2 .jxl .pgm .ppm .eps".split())
+# Folders of these names are no classes. Of data in two parts, train and test are read, so spelt.
+SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+
+
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders and the other files in a folder of classes or of images, by name; not the hidden ones.
+
+    Raises UserError if it cannot be listed, holds a link that leads nowhere, or a folder that is named as a split is.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    raise UserError(f"{one_line(entry.path)}: a link that leads nowhere")
+                (folders if entry.is_dir() else files).append(folder / entry.name)
+    except OSError as error:
+        raise UserError(f"{one_line(folder)}: the folder cannot be listed ({error.strerror})") from None
+    check_names([path.name for path in folders], folder)
+    for path in folders:
+        if path.name.lower() in SPLIT_NAMES:
+            raise UserError(f"{path}: a split where classes are expected; the parts of a data set are train and test")
+    return sorted(folders), sorted(files)
+
+
+def list_images(folders: list[Path]) -> list[list[Path]]:
+    """The images below each folder, at any depth, by name. Formats that are not read are counted on the screen.
+
+    Raises UserError as `list_folder`, and for a folder that is met twice, by a link: its images would count twice,
+    perhaps in two classes.
+    """
+    lists, met, passed_over = [], {}, Counter()
+    for top in folders:
+        waiting, images = [top], []
+        for folder in waiting:
+            earlier = met.setdefault(os.path.realpath(folder), folder)
+            if earlier is not folder:
+                raise UserError(f"{one_line(folder)}: the same folder as {one_line(earlier)}")
+            inner, files = list_folder(folder)
+            waiting += inner
+            images += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+            passed_over.update(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_SUFFIXES)
+        lists.append(sorted(images))
+    if passed_over:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(passed_over.items()))
+        print(f"{folders[0].parent}: images that are not read, for their formats: {counts}")
+    return lists
 
 
 @dataclass(frozen=True)
@@ -293,7 +367,7 @@ DECODING = 2  # part of the stamp: to be counted up when the same files come to 
 
 
 def decode_all(index, args, split: str) -> Tensor:
-    """uint8 (N, C, H, W) of all images of an Index: from the cache if their files are unchanged, else decoded and cached.
+    """uint8 (N, C, H, W) of all images of an Index: cached if their files are unchanged, else decoded and put there.
 
     Images that all have one square size of at most --size stay native (the device enlarges them); others become --size.
     Raises UserError for an image that cannot be read and a cache that cannot be written.
@@ -383,6 +457,8 @@ def build_cache(index, args, split: str, file: Path, stamp: str) -> Tensor:
             decoded = in_threads(lambda source: decode(source, size, grey), index.sources, f"decoding {what}")
             for pixels in decoded:
                 stream.write(pixels.tobytes())
+        if stamp_of(index) != stamp:
+            raise UserError(f"--data {args.data}: images changed while they were decoded; start again")
         images = map_array(path)  # now: another process may remove the file as soon as it has its name
 
     try:

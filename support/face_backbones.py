@@ -27,17 +27,22 @@ from common import MEAN, STD, UserError
 
 
 class DatReader:
-    """The tensors of a network that dlib wrote, in the order of the layers from the input on.
+    """The layers of a network that dlib wrote, in their order from the input on.
 
     A compact integer is a byte whose low four bits are the number of bytes that follow (bit 7: negative), then these,
-    little-endian. A string is its length as such an integer, then its bytes. A layer begins with its name; the tensor
-    after it is an integer (version 2), four integers (samples, k, rows, columns), then float32 values.
+    little-endian. A string is its length as such an integer, then its bytes. A layer begins with its name; a tensor is
+    an integer (version 2), four integers (samples, k, rows, columns), then float32 values. Whatever is not as expected
+    raises UserError with the path.
     """
+
+    LIMIT = 1 << 26  # bytes, three times the file's own size: a far larger one is not read whole
+    GAP = 1024  # bytes between two layers, at most 334 in the file: no layer is passed over unread
 
     def __init__(self, path: Path):
         self.path, self.place = path, 0
         try:
-            self.data = path.read_bytes()
+            with path.open("rb") as file:
+                self.data = file.read(self.LIMIT)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -54,29 +59,31 @@ class DatReader:
         value = int.from_bytes(digits, "little")
         return -value if head[0] & 128 else value
 
-    def tensor(self, name: bytes, *parts: int, numbers: int = 0) -> list[np.ndarray]:
-        """The tensor of the next layer `name`, float32, split into parts of so many values.
+    def expect(self, what: str, *values: int) -> None:
+        """Read as many integers, which must be these."""
+        found = [self.integer() for _ in values]
+        if found != list(values):
+            raise self.refuse(f"{what}: {found} instead of {list(values)}")
 
-        numbers: how many integers stand between the name and the tensor.
-        """
+    def layer(self, name: bytes) -> None:
+        """Go on behind the name of the next layer."""
         tag = bytes([1, len(name)]) + name
-        found = self.data.find(tag, self.place)
+        found = self.data.find(tag, self.place, self.place + self.GAP)
         if found < 0:
-            raise self.refuse(f"no further layer {name.decode()}")
+            raise self.refuse(f"no layer {name.decode()}")
         self.place = found + len(tag)
-        if [self.integer() for _ in range(numbers + 1)][-1] != 2:
-            raise self.refuse("a tensor of another version")
-        sizes, count = [self.integer() for _ in range(4)], sum(parts)
-        if min(sizes) < 0 or math.prod(sizes) != count:
-            raise self.refuse(f"{name.decode()} has the sizes {sizes} instead of {count} values")
-        values = np.frombuffer(self.data[self.place : self.place + 4 * count], "<f4", min(count, self.left() // 4))
-        if len(values) < count or not np.isfinite(values).all():
-            raise self.refuse(f"{name.decode()} is cut off, or holds values that are not finite")
-        self.place += 4 * count
-        return np.split(values, np.cumsum(parts)[:-1])
 
-    def left(self) -> int:
-        return len(self.data) - self.place
+    def tensor(self, *sizes: int) -> Tensor:
+        """float32, in the shape `sizes`: one to four numbers."""
+        self.expect("version and sizes of a tensor", 2, *sizes, *[1] * (4 - len(sizes)))
+        count = math.prod(sizes)
+        if len(self.data) - self.place < 4 * count:
+            raise self.refuse("cut off")
+        values = np.frombuffer(self.data, "<f4", count, self.place).astype(np.float32)  # a copy: the bytes are constant
+        if not np.isfinite(values).all():
+            raise self.refuse("numbers that are not finite")
+        self.place += 4 * count
+        return torch.from_numpy(values).view(sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,6 +93,8 @@ class DatReader:
 
 def pad_to(x: Tensor, shape: torch.Size) -> Tensor:
     """Zeros at the right, at the bottom and in the channels of x (N, C, H, W), up to `shape`."""
+    if x.shape == shape:
+        return x  # F.pad would copy it
     return F.pad(x, (0, shape[3] - x.shape[3], 0, shape[2] - x.shape[2], 0, shape[1] - x.shape[1]))
 
 
@@ -150,31 +159,40 @@ class DlibResNet(nn.Module):
         inputs: network inputs (B, 3, H, W) whose batch statistics make the normalisation live. The function in
         evaluation mode stays the same. Raises UserError for a file that is missing or of another kind.
         """
-        reader, count = DatReader(find_dat() if path == "dlib" else Path(path)), 0
+        reader = DatReader(find_dat() if path == "dlib" else Path(path))
         for conv, bn in self.layers():
-            filters, offset = reader.tensor(b"con_4", conv.weight.numel(), len(conv.weight))
-            gain, bias = reader.tensor(b"affine_", len(conv.weight), len(conv.weight))
-            conv.weight.copy_(torch.from_numpy(filters.copy()).view_as(conv.weight))
-            bn.weight.copy_(torch.from_numpy(gain.copy()))
-            bn.bias.copy_(torch.from_numpy(bias + gain * offset))  # normalisation takes the offset's place
+            c, count = len(conv.weight), conv.weight.numel()
+            reader.layer(b"con_4")
+            weight, offset = reader.tensor(count + c).split([count, c])
+            about = "filters, rows, columns, strides and paddings"
+            reader.expect(about, c, *conv.kernel_size, *conv.stride, *conv.padding)
+            reader.layer(b"affine_")
+            gain, bias = reader.tensor(2 * c).split(c)
+            conv.weight.copy_(weight.view_as(conv.weight))
+            bn.weight.copy_(gain)
+            bn.bias.copy_(bias + gain * offset)  # the convolutions here have no offset of their own
             bn.running_mean.zero_()
             bn.running_var.fill_(1 - bn.eps)
-            count += 2
-        (embedding,) = reader.tensor(b"fc_2", self.fc.weight.numel(), numbers=2)
-        self.fc.weight.copy_(torch.from_numpy(embedding.copy()).view(self.fc.weight.T.shape).T)
+        reader.layer(b"fc_2")
+        reader.expect("outputs and inputs of the embedding", self.fc.out_features, self.fc.in_features)
+        self.fc.weight.copy_(reader.tensor(self.fc.in_features, self.fc.out_features).T)
         if inputs is not None:
-            self.normalise(inputs)
-        return count + 1
+            self.normalise(inputs.to(self.scale))  # they may lie on a GPU, where this network goes only later
+        return 2 * len(self.layers()) + 1
 
     @torch.no_grad()
     def normalise(self, inputs: Tensor) -> None:
-        """Set the running statistics to those of `inputs` (B, 3, H, W), and undo them in gain and bias."""
+        """Set the running statistics to those of `inputs` (B, 3, H, W); gain and bias make up for the change.
+
+        One pass: a layer is measured on what enters it when the layers before it are done.
+        """
 
         def measure(bn: nn.BatchNorm2d, arguments) -> None:
             (x,) = arguments
             variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-            bn.bias.add_(bn.weight * mean)
-            bn.weight.mul_((variance + bn.eps).sqrt())
+            gain = bn.weight / (bn.running_var + bn.eps).sqrt()
+            bn.bias.add_(gain * (mean - bn.running_mean))
+            bn.weight.copy_(gain * (variance + bn.eps).sqrt())
             bn.running_mean.copy_(mean)
             bn.running_var.copy_(variance)
 
@@ -208,22 +226,29 @@ def conv_bn_relu(c_in: int, c: int, kernel: int = 1, stride: int = 1, groups: in
 
 
 class Separable(nn.Module):
-    """A depthwise convolution, and a pointwise one behind it if there is a width for it."""
+    """A depthwise convolution and a pointwise one."""
 
-    def __init__(self, c_in: int, c: int | None, kernel: int, padding: int):
+    def __init__(self, c: int):
         super().__init__()
-        self.depthwise = nn.Conv2d(c_in, c_in, kernel, padding=padding, groups=c_in, bias=False)
-        if c is None:
-            self.bn = nn.BatchNorm2d(c_in)
-        else:
-            self.bn1 = nn.BatchNorm2d(c_in)
-            self.pointwise = nn.Conv2d(c_in, c, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(c)
+        self.depthwise = nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.pointwise = nn.Conv2d(c, c, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
 
     def forward(self, x: Tensor) -> Tensor:
-        if hasattr(self, "bn"):
-            return self.bn(self.depthwise(x))
         return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
+
+
+class GlobalDepthwise(nn.Module):
+    """A weight for each place of a 7 x 7 map, in place of its mean."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, 7, groups=c, bias=False)
+        self.bn = nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.depthwise(x))
 
 
 class InvertedResidual(nn.Module):
@@ -241,21 +266,18 @@ class InvertedResidual(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """MobileFaceNet (S. Chen et al., 2018, Table 1), 0.9 M parameters; its features are the embedding (N, 128)."""
+    """MobileFaceNet (S. Chen et al., 2018, Table 1), 1.0 M parameters; its features are the embedding (N, 128).
 
-    size = 112
-    SETTINGS = (
-        (2, 64, 5, 2),
-        (4, 128, 1, 2),
-        (2, 128, 6, 1),
-        (4, 128, 1, 2),
-        (2, 128, 2, 1),
-    )  # expand, width, n, stride
+    As in the published weights, ReLU and ReLU6 take the place of the paper's PReLU.
+    """
+
+    size = 112  # pixels of the input, at least
+    SETTINGS = (2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1)  # expand, width, n, stride
 
     def __init__(self):
         super().__init__()
         self.conv1 = conv_bn_relu(3, 64, 3, 2)
-        self.dw_conv = Separable(64, 64, 3, 1)
+        self.dw_conv = Separable(64)
         blocks, c_in = [], 64
         for expand, c, count, stride in self.SETTINGS:
             for k in range(count):
@@ -263,7 +285,7 @@ class MobileFaceNet(nn.Module):
                 c_in = c
         self.features = nn.Sequential(*blocks)
         self.conv2 = conv_bn_relu(c_in, 512)
-        self.gdconv = Separable(512, None, 7, 0)
+        self.gdconv = GlobalDepthwise(512)
         self.conv3 = nn.Conv2d(512, 128, 1)
         self.bn = nn.BatchNorm2d(128)
         self.fc = nn.Linear(128, 128)

@@ -4,7 +4,11 @@ Letters in shapes: N samples, C classes, H and W pixels.
 """
 
 import functools
+import sys
+import warnings
 from pathlib import Path
+
+from support.streams import reason_of
 
 import numpy as np
 import torch
@@ -35,8 +39,21 @@ def render(figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def save_png(path: Path, pixels: np.ndarray) -> None:
+def write(path: Path, draw) -> np.ndarray | None:
+    """Write the figure that draw() returns as a PNG file, and return its pixels, see `render`.
+
+    A figure that cannot be drawn is a warning, and None: what trained is worth more. OSError if the file cannot be
+    written.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that the font lacks: boxes stand for them
+            pixels = render(draw())
+    except Exception as error:  # names, numbers and a missing matplotlib can all be the reason
+        print(f"warning: {path.name} could not be drawn ({reason_of(error)})", file=sys.stderr)
+        return None
     write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
+    return pixels
 
 
 def curves(history: list[dict], split: str):

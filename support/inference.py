@@ -2,14 +2,17 @@
 
 import argparse
 import csv
+import functools
 import importlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from support import figures
 from support.datasets import IMAGE_SUFFIXES, decode, decode_all, read_index
-from support.runs import accuracy_scalars, confusion_matrix
+from support.runs import PRECISIONS, SIZES, accuracy_scalars, confusion_matrix, is_unfinished
+from support.streams import reason_of
 
 import numpy as np
 import torch
@@ -36,18 +39,31 @@ def load_model(path, device: torch.device, restore: Callable | None = None, meth
     if restore is None:
         restore = restore_of(state["method"], path)
     args = argparse.Namespace(**{str(key): value for key, value in state["args"].items()})
-    args.pretrained, args.compile = "none", False
+    args.pretrained, args.compile, here = "none", False, torch.device("meta")
     try:
-        if not all(torch.isfinite(v).all() for weights in state["networks"] for v in weights.values()):
-            raise UserError(f"{path}: holds weights that are not finite numbers")
+        check_content(state["networks"], state["classes"], args)
+        with here, warnings.catch_warnings():  # shapes are compared before memory is taken for what the arguments say
+            warnings.simplefilter("ignore")  # that nothing is copied
+            restore(state["networks"], args, len(state["classes"]), here)
         predictor = restore(state["networks"], args, len(state["classes"]), device)
-        predictor(torch.zeros(2, 3, args.size, args.size, dtype=torch.uint8))  # every argument that matters is used
-    except UserError:
-        raise
+        probs, _ = predictor(torch.zeros(1, 3, args.size, args.size, dtype=torch.uint8))  # all arguments are used
+        if probs.shape != (1, len(state["classes"])) or not probs.isfinite().all():
+            raise ValueError("its outputs are no probabilities")
     except Exception as error:  # weights and arguments of any kind may stand in a file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: the weights do not fit the arguments beside them ({reason})") from None
+        raise UserError(f"{path}: the weights do not fit the arguments beside them ({reason_of(error)})") from None
     return state, predictor
+
+
+def check_content(networks: list, classes: list, args) -> None:
+    """Raise an error, of any kind, for weights, class names and common arguments that no script has written."""
+    if not all(torch.isfinite(value).all() for weights in networks for value in weights.values()):
+        raise ValueError("they are not finite numbers")
+    if not all(isinstance(name, str) for name in classes) or not 2 <= len(set(classes)) == len(classes):
+        raise ValueError("classes without different names")
+    if not isinstance(args.size, int) or args.size not in SIZES:
+        raise ValueError(f"size {args.size}")
+    if args.precision not in PRECISIONS:
+        raise ValueError(f"precision {args.precision}")
 
 
 def restore_of(method: str, path) -> Callable:
@@ -72,7 +88,8 @@ def use_checkpoint(args, restore: Callable) -> int:
     state, predictor = load_model(path, find_device(args.device), restore, args.method)
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
-    if folder.exists() and {file.name for file in folder.iterdir()} - {*EVALUATION, *PREDICTIONS}:
+    ours = (*EVALUATION, *PREDICTIONS)
+    if folder.exists() and not all(f.name in ours or is_unfinished(f.name, *ours) for f in folder.iterdir()):
         raise UserError(f"{folder} holds other files than an evaluation or predictions: give another --name")
     (evaluate_checkpoint if args.evaluate else predict_images)(args, state, predictor, folder)
     return 0
@@ -98,12 +115,12 @@ def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) ->
     print(f"{'accuracy':{width}}  {scalars['accuracy/test']:7.2%}")
     print(f"{'mean class accuracy':{width}}  {scalars['accuracy/test_mean_class']:7.2%}")
     folder.mkdir(parents=True, exist_ok=True)
-    figures.save_png(folder / "confusion.png", figures.render(figures.confusion(table, index.classes)))
     record = {"checkpoint": args.evaluate, "data": args.data, "root": str(args.root), "split": args.split}
     record |= {"images": len(labels), **scalars, "classes": list(index.classes), "confusion": table}
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(folder / "evaluation.json", lambda file: file.write_text(text))
-    print(f"{folder}: {', '.join(EVALUATION)}")
+    drawn = figures.write(folder / "confusion.png", lambda: figures.confusion(table, index.classes))
+    print(f"{folder}: evaluation.json{'' if drawn is None else ', confusion.png'}")
 
 
 def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None:
@@ -111,9 +128,11 @@ def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None
     paths = []
     for given in map(Path, args.predict[1:]):
         if given.is_dir():
-            found = [p for p in sorted(given.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-            # not the sheet of align_faces.py
-            paths += [p for p in found if p.name != "faces.png" or not p.with_suffix(".csv").exists()]
+            for path in sorted(given.rglob("*")):
+                hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
+                sheet = path.name == "faces.png" and path.with_suffix(".csv").exists()  # of align_faces.py
+                if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not sheet:
+                    paths.append(path)
         else:
             paths.append(given)  # whatever its suffix: a file that is no image is an error
     if not paths:
@@ -127,14 +146,15 @@ def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None
     probs = torch.cat(parts)
     captions = [f"{classes[p.argmax()]} {p.max():.2f}" for p in probs[: len(shown)]]
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = figures.faces(shown, captions, ["black"] * len(shown), "Predicted class and its probability")
-    figures.save_png(folder / "predictions.png", figures.render(sheet))
+    title = "Predicted class and its probability"
     write_atomically(folder / "predictions.csv", lambda file: write_predictions(file, paths, probs, classes))
-    print(f"{folder}: predictions.csv ({len(paths):,} images), predictions.png")
+    sheet = figures.faces, shown, captions, ["black"] * len(shown), title
+    drawn = figures.write(folder / "predictions.png", functools.partial(*sheet))
+    print(f"{folder}: predictions.csv ({len(paths):,} images){'' if drawn is None else ', predictions.png'}")
 
 
 def write_predictions(file: Path, paths: list[Path], probs: Tensor, classes: list[str]) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as stream:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(["name", "class", *classes])
         for path, p in zip(paths, probs):

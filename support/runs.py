@@ -1,28 +1,28 @@
 """Command line, presets and the run folder of the method scripts.
 
 A script takes from here, in this order: Parser, add_data_args, add_training_args, parse_with_presets; reports_errors
-around its main; Run around its training.
+(of streams.py) around its main; Run around its training.
 """
 
 import argparse
+import contextlib
 import csv
-import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 from pathlib import Path
 
 from support import face_backbones, figures  # noqa: F401 - the former registers its networks
 from support.datasets import Split
+from support.decoding import checksum
+from support.streams import one_line, reason_of, reports_errors  # noqa: F401 - the last is taken from here
 
 import numpy as np
 import torch
@@ -46,79 +46,11 @@ except ImportError:  # Windows: two processes in one run folder are not noticed 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Errors, signals and streams
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Tolerant:
-    """A text stream whose reader may go away (`| head -1`, a closed terminal): later output is dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None: it was closed before Python began
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # a name may not fit the terminal's encoding
-
-    def write(self, text: str) -> int:
-        self.attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.attempt(self.stream.flush)
-
-    def attempt(self, work, *args) -> None:
-        try:
-            work(*args)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt
-
-
-def reports_errors(main):
-    """Decorator of a script's main(argv=None) -> int: 0 is success, 2 bad input (one line on stderr), 130 interrupted.
-
-    A file that cannot be written (no such folder, no space) counts as bad input. SIGTERM and SIGHUP end like Ctrl-C. A
-    standard stream that nobody reads any more ends nothing.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv=None) -> int:
-        streams, handlers = (sys.stdout, sys.stderr), {}
-        sys.stdout, sys.stderr = map(Tolerant, streams)
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for name in ("SIGTERM", "SIGHUP"):
-                if number := getattr(signal, name, None):
-                    handlers[number] = signal.signal(number, interrupt)
-        try:
-            return main(argv)
-        except (UserError, OSError) as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            return 2
-        except SystemExit as exit_:  # argparse: 0 after --help, 2 after a bad argument
-            return exit_.code or 0
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            sys.stdout, sys.stderr = streams
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    return wrapped
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
 DATA_SETS = ("toy", "raf", "ferplus", "affectnet", "affectnet-auto", "cifar10", "folder")
+SIZES, PRECISIONS = range(16, 4097), ("auto", "fp32", "bf16")
 # These say where a run lies, not what it computes.
 NOT_SETTINGS = ("out", "name", "cache", "resume", "overwrite", "evaluate", "predict", "method", "preset", "argv")
 
@@ -128,6 +60,8 @@ class HelpWithDefaults(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ""
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{text} (default: {'on' if action.default else 'off'})"
         if "%(default)s" in text or action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool):
             return text
         return f"{text} (default: %(default)s)".strip()
@@ -141,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         self.method = Path(file).stem
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message} (--help lists the options)") + "\n")
 
     def parse_early(self, argv) -> argparse.Namespace:
         """The flags on which defaults depend, before the final parse: --help has to wait for these."""
@@ -154,7 +88,7 @@ def number(kind, low, high=math.inf, open_low=False, open_high=False):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (open_low and value == low) or (open_high and value == high):
+        if not low <= value <= high or value in (math.inf, *[low] * open_low, *[high] * open_high):
             left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
             raise argparse.ArgumentTypeError(f"{text} is outside {left}{low}, {high}{right}")
         return value
@@ -197,7 +131,7 @@ def add_data_args(parser, several: bool = False) -> None:
     else:
         add("--labels", metavar="FILE", help="training labels from a file; excludes --noise")
     add("--split", choices=("test", "valid"), default="test", help="what is evaluated; valid: for choosing settings")
-    add("--size", type=number(int, 16, 4096), help="pixels of the square network input")
+    add("--size", type=number(int, SIZES[0], SIZES[-1]), help="pixels of the square network input")
     add("--cache", default="cache", metavar="DIR", help="where decoded images are kept")
 
 
@@ -213,11 +147,10 @@ def add_training_args(parser, backbone: bool = True) -> None:
     add("--batch-size", type=number(int, 2), help="images a step")
     what = "learning rate of the backbone" if backbone else "learning rate"
     add("--lr", type=number(float, 0, open_low=True), help=what)
-    add("--oversample", action=argparse.BooleanOptionalAction, default=False,
-        help="class-balanced sampling by the labels that are trained on (default: on AffectNet only)")
+    add("--oversample", action=argparse.BooleanOptionalAction, help="class-balanced sampling by the labels that are "
+        "trained on; on AffectNet without being asked")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda if there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is computed "
-        "natively")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is computed natively")
     add("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, for long runs only")
     add = parser.add_argument_group("trained models").add_argument
     add("--evaluate", metavar="CHECKPOINT", help="no training: test the model.pt of a run on --data, classes matched "
@@ -268,6 +201,8 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
     least = getattr(BACKBONES.get(getattr(args, "backbone", None)), "size", 0)
     if args.size < least and not (args.evaluate or args.predict):
         parser.error(f"--size {args.size}: --backbone {args.backbone} needs {least} pixels or more")
+    if getattr(args, "crop", 0) >= args.size:
+        parser.error(f"--crop {args.crop}: as large as the image or larger, --size {args.size}")
     args.method = parser.method
     if args.name is None:
         args.name = default_name(args, parser)
@@ -311,9 +246,15 @@ def default_name(args, parser: Parser) -> str:
 # The run folder
 # ----------------------------------------------------------------------------------------------------------------------
 
-# What a run writes, in the order of removal; events.out.tfevents.* beside it.
-PICTURES = [f"{name}.png" for name in figures.NAMES]
-OUTPUTS = ["model.pt", "last.pt", "metrics.jsonl", "labels.csv", *PICTURES, "args.json"]
+# What a run writes, in the order of removal; events.out.tfevents.* beside it, and args.json, which is never removed but
+# replaced: it says whose the folder is.
+OUTPUTS = ("model.pt", "last.pt", "metrics.jsonl", "labels.csv", *(f"{name}.png" for name in figures.NAMES))
+RECORD = {"method": str, "argv": list, "versions": dict}  # what args.json has at least
+
+
+def is_unfinished(name: str, *files: str) -> bool:
+    """Whether a file is what a kill in the middle of write_atomically left of one of `files`."""
+    return bool(re.fullmatch(rf"({'|'.join(map(re.escape, files))})\.tmp[0-9]+", name))
 
 
 class Run:
@@ -321,7 +262,7 @@ class Run:
 
     Use as a context around everything from loading the data on. Raises UserError for a folder that is in use, that
     holds a finished run, an unfinished one without --resume, files that are not a run's, or with --resume a run with
-    other arguments or other data.
+    other arguments or other data. Nothing is left behind if training never begins.
     """
 
     def __init__(self, args):
@@ -330,48 +271,62 @@ class Run:
         self.settings = {key: value for key, value in vars(args).items() if key not in ("preset", "argv")}
 
     def __enter__(self):
-        self.refuse_strangers()
-        self.new = not self.folder.exists()
+        self.refuse_strangers()  # before the lock file is put there
+        self.made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "w")
+        self.lock = open(self.folder / ".lock", "a")
         try:
-            self.claim()
+            self.take_lock()
+            self.refuse_what_is_there()
         except BaseException:
             self.lock.close()
             raise
         return self
 
-    def claim(self) -> None:
-        """Take the lock first; only then what is in the folder is looked at, and nobody else can change it."""
-        args, beside = self.args, "--name NAME starts another run beside it"
+    def take_lock(self) -> None:
+        """The system frees it however the process ends."""
+        in_use = UserError(f"{self.folder} is in use by another process; --name NAME starts another run beside it")
         if fcntl:
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise in_use from None
             except OSError:
-                raise UserError(f"{self.folder} is in use by another process; {beside}") from None
+                pass  # a file system without locks: two processes in one folder are not noticed there
+        path = self.folder / ".lock"  # removed since it was opened, by a run that never began?
+        if not path.exists() or not os.path.samestat(os.fstat(self.lock.fileno()), path.stat()):
+            raise in_use
+
+    def refuse_what_is_there(self) -> None:
+        """What is in the folder is decided on under the lock: nobody else can change it any more."""
         self.refuse_strangers()
-        if (self.folder / "model.pt").exists() and not args.overwrite:
+        args, beside = self.args, "--name NAME starts another run beside it"
+        finished, begun = ((self.folder / name).exists() for name in ("model.pt", "last.pt"))
+        if finished and not args.overwrite:
             also = "there is nothing left to --resume" if args.resume else "--resume is for unfinished ones"
             raise UserError(f"{self.folder} holds a finished run: --overwrite replaces it, {beside}; {also}")
-        if (self.folder / "last.pt").exists() and not (args.resume or args.overwrite):
+        if begun and not (args.resume or args.overwrite):
             how = "--resume goes on with it, --overwrite discards it"
             raise UserError(f"{self.folder} holds an unfinished run: {how}, {beside}")
-        if (self.folder / "last.pt").exists() and args.resume:
+        if not begun and not args.overwrite and len(self.history()) > 1:
+            raise UserError(f"{self.folder} holds a run without its checkpoints: --overwrite replaces it, {beside}")
+        if begun and args.resume:
             self.refuse_changes()
 
     def refuse_strangers(self) -> None:
         """A folder is a run's only if its args.json says so; anything else that is not empty is refused."""
         names = [file.name for file in self.folder.iterdir()] if self.folder.is_dir() else []
-        if any(name != ".lock" and ".tmp" not in name for name in names) and "method" not in self.read_record():
-            raise UserError(f"{self.folder} holds files that are not a run's (no args.json of one): give another --name")
+        if any(name != ".lock" and not is_unfinished(name, "args.json") for name in names) and not self.read_record():
+            raise UserError(f"{self.folder} holds files, and no args.json says that it is a run's; give another --name")
 
     def read_record(self) -> dict:
-        """args.json; {} if it is missing or damaged."""
+        """args.json; {} if it is missing, damaged or not a run's."""
         try:
             record = json.loads((self.folder / "args.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        return record if isinstance(record, dict) else {}
+        whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in RECORD.items())
+        return record if whole else {}
 
     def refuse_changes(self) -> None:
         before, now = self.read_record(), json.loads(json.dumps(self.settings))
@@ -391,8 +346,9 @@ class Run:
         self.train, self.test, self.parts = train, test, parts
         data = fingerprint(train, test)
         print(f"{self.folder}; {self.args.preset}")
-        for file in self.folder.glob("*.tmp*"):  # what a kill in the middle of write_atomically left
-            file.unlink()
+        for file in self.folder.iterdir():
+            if is_unfinished(file.name, "args.json", *OUTPUTS):
+                file.unlink()
         done = 0
         if self.args.resume and (self.folder / "last.pt").exists():
             done = self.restore(data)
@@ -410,25 +366,34 @@ class Run:
             yield self.epoch
 
     def restore(self, data: dict) -> int:
-        """Put back the parts of last.pt and the lines of metrics.jsonl; returns the last finished epoch."""
+        """Put back the parts of last.pt and the lines of metrics.jsonl; returns the last finished epoch.
+
+        data: see `fingerprint`. Raises UserError, before anything in the folder is changed, for what does not fit.
+        """
         record, path = self.read_record(), self.folder / "last.pt"
-        for what, value in data.items():
-            if value != record.get("fingerprint", {}).get(what):
-                raise UserError(f"--resume: the {what} are not those that {self.folder} was begun with; "
-                                "put them back, or give another --name")
+        before = record.get("fingerprint")
+        changed = [what for what in data if not isinstance(before, dict) or before.get(what) != data[what]]
+        if changed:
+            raise UserError(f"--resume: {self.folder} was begun with other data, these differ: {', '.join(changed)}; "
+                            "put them back, or give another --name")
         if record.get("commit") != commit():
-            print(f"warning: {self.folder} was begun with another version of the code (commit {record.get('commit')})")
+            what = f"{self.folder} was begun with another version of the code (commit {record.get('commit')})"
+            print(f"warning: {what}", file=sys.stderr)
         state = load_checkpoint(path)
         try:
+            done, self.table = state["epoch"], state["table"]
+            if state["method"] != self.args.method or not isinstance(done, int) or not 0 < done <= self.args.epochs:
+                raise ValueError(f"epoch {done} of {state['method']}")
             for name, part in self.parts.items():
-                if isinstance(part, Tensor):
+                if not isinstance(part, Tensor):
+                    part.load_state_dict(state[name])
+                elif (part.shape, part.dtype) == (state[name].shape, state[name].dtype):
                     part.copy_(state[name])
                 else:
-                    part.load_state_dict(state[name])
-            done, self.table = int(state["epoch"]), state["table"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: does not fit this script ({reason}); --overwrite discards the run") from None
+                    raise ValueError(f"{name}: another shape or type")
+        except Exception as error:  # modules and optimisers raise errors of many kinds
+            why = reason_of(error)
+            raise UserError(f"{path}: does not fit this script ({why}); --overwrite discards the run") from None
         lines = self.history()[:done]  # a line may be ahead of the checkpoint
         if [line["epoch"] for line in lines] != list(range(1, done + 1)):
             raise UserError(f"{self.folder / 'metrics.jsonl'}: does not have the {done} lines of {path}; "
@@ -439,16 +404,20 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         if self.writer:
-            self.writer.close()
-        elif self.new:  # training never began: leave nothing behind
-            (self.folder / ".lock").unlink(missing_ok=True)
-            try:
-                self.folder.rmdir()
-            except OSError:
-                pass  # not empty: somebody else's by now
+            with contextlib.suppress(OSError):  # a full disk: end_epoch or finish has failed then
+                self.writer.close()
+        elif [file.name for file in self.folder.iterdir()] == [".lock"]:  # training never began: leave nothing behind
+            (self.folder / ".lock").unlink()
+            with contextlib.suppress(OSError):  # not empty: somebody else's by now
+                for path in self.made:
+                    path.rmdir()
         self.lock.close()
-        if kind is KeyboardInterrupt and self.writer:
-            print(f"\n{self.folder}: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        go_on = "the same command with --resume goes on after the last whole epoch"
+        unfinished = self.writer and not (self.folder / "model.pt").exists()
+        if kind is KeyboardInterrupt and unfinished:
+            print(f"\n{self.folder}: {go_on}", file=sys.stderr)
+        if kind and issubclass(kind, OSError) and unfinished:
+            raise UserError(f"{self.folder}: could not be written ({reason_of(error)}); {go_on}") from None
         if kind is FloatingPointError:
             last = f"{self.folder / 'last.pt'} (epoch {self.epoch - 1})" if self.epoch > 1 else "none"
             where = f"epoch {self.epoch}, {error}"
@@ -463,25 +432,32 @@ class Run:
         try:
             *lines, rest = path.read_text().split("\n")
             records = [json.loads(line) for line in lines]
-            if not all(isinstance(record["epoch"], int) for record in records):
+            if not all(isinstance(record["epoch"] + record["accuracy/test"], float) for record in records):
                 raise TypeError
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}: has a damaged line; mend it, or --overwrite discards the run") from None
         return records
+
+    def save(self, name: str, **state) -> None:
+        """save_checkpoint, whose error on a full disk is an OSError as in any other file."""
+        try:
+            save_checkpoint(self.folder / name, method=self.args.method, **state)
+        except RuntimeError:  # torch's own writer has no other
+            raise OSError(f"{name}: no space left?") from None
 
     def end_epoch(self, epoch: int, scalars: dict, probs: Tensor, labels: Tensor | None = None) -> None:
         """A line in metrics.jsonl and on the screen, scalars in TensorBoard, then last.pt.
 
-        scalars: of the epoch, by tag; a list has a number, or None, for each class. probs: (N, C), of the evaluated split. labels: int64 (N,), the current labels of the
-        training set, of a method that changes them.
+        scalars: of the epoch, by tag; a list has a number, or None, for each class. probs: (N, C), of the evaluated
+        split. labels: int64 (N,), the current labels of the training set, of a method that changes them.
         """
         predicted = probs.argmax(1).cpu()
         self.table = confusion_matrix(predicted, self.test.labels, len(self.test.classes))
         for tag, values in [item for item in scalars.items() if isinstance(item[1], list)]:
             named = zip(self.train.classes, values)
-            scalars |= {f"{tag}/{name}": value for name, value in named if value is not None}
+            scalars = scalars | {f"{tag}/{name}": value for name, value in named if value is not None}
         scalars = {tag: value for tag, value in scalars.items() if not isinstance(value, list)}
         if labels is not None:
             scalars = scalars | label_scalars(self.train.labels, labels.cpu(), self.train.clean)
@@ -497,7 +473,7 @@ class Run:
         shown += [f"relabelled {scalars['relabel/changed']}"] if "relabel/changed" in scalars else []
         shown += [f"correct labels {scalars['labels/accuracy']:.1%}"] if "labels/accuracy" in scalars else []
         state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.folder / "last.pt", method=self.args.method, epoch=epoch, table=self.table, **state)
+        self.save("last.pt", epoch=epoch, table=self.table, **state)
         print(f"epoch {epoch:3d}/{self.args.epochs}  " + "  ".join(shown) + f"  {seconds:.1f} s", flush=True)
 
     def finish(self, probs: Tensor, networks: list[nn.Module], labels: Tensor | None = None, **pictures) -> None:
@@ -518,23 +494,20 @@ class Run:
             "audit": lambda: figures.audit(train, current, scores, order[:32]),
         } | pictures
         for name, draw in pictures.items():
-            try:
-                pixels = figures.render(draw())
-            except Exception as error:  # what trained is worth more than a figure
-                print(f"warning: {name}.png could not be drawn ({type(error).__name__}: {error})", file=sys.stderr)
-                continue
-            figures.save_png(self.folder / f"{name}.png", pixels)
-            self.writer.add_image(name, pixels, self.args.epochs, dataformats="HWC")
-            drawn.append(f"{name}.png")
+            pixels = figures.write(self.folder / f"{name}.png", draw)
+            if pixels is not None:
+                self.writer.add_image(name, pixels, self.args.epochs, dataformats="HWC")
+                drawn.append(f"{name}.png")
         results = summary(history)
         self.write_hparams(results)
         self.writer.flush()
-        save_checkpoint(self.folder / "model.pt", method=self.args.method, classes=list(train.classes),
-                        args=json.loads(json.dumps(self.settings)), networks=[n.state_dict() for n in networks])
+        states, settings = [network.state_dict() for network in networks], json.loads(json.dumps(self.settings))
+        self.save("model.pt", classes=list(train.classes), args=settings, networks=states)
         if train.clean is not None:
             first = order[:100]
             wrong = (train.labels != train.clean)[first].sum().item()
-            print(f"label audit: of the first {len(first)} rows of labels.csv {wrong} have a label that the noise made wrong")
+            rows = f"of the first {len(first)} rows of labels.csv"
+            print(f"label audit: {rows} {wrong} have a label that the noise made wrong")
         written = ["labels.csv", *drawn, "metrics.jsonl", "model.pt"]
         print(f"{self.folder}: {', '.join(written)}; tensorboard --logdir {self.args.out}")
         split = self.args.split
@@ -550,7 +523,7 @@ class Run:
         clean = [] if train.clean is None else [[train.classes[label] for label in train.clean.tolist()]]
 
         def write(path):
-            with open(path, "w", newline="", encoding="utf-8") as file:
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = csv.writer(file, lineterminator="\n")
                 rows.writerow(["name", "given", "final", "score", *["clean"] * len(clean)])
                 for i in order:
@@ -562,7 +535,8 @@ class Run:
     def write_hparams(self, results: dict) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in self.settings.items()}
+        plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in self.settings.items()}
+        plain = {k: v.encode(errors="backslashreplace").decode() if isinstance(v, str) else v for k, v in plain.items()}
         metrics = {f"hparam/{key}": results[key] for key in ("best", "last5", "final")}
         for part in hparams(plain, metrics):  # add_hparams would make a run of its own beside this one
             self.writer.file_writer.add_summary(part)
@@ -571,18 +545,18 @@ class Run:
 
 
 def fingerprint(train: Split, test: Split) -> dict[str, str]:
-    """What a resumed run must find again: a hash for each of names, classes, labels and images (of 64 of them)."""
+    """What a resumed run must find again: a hash for each. Of very many images not all count, see `checksum`."""
 
     def digest(*things) -> str:
         parts = (x.numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in things)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    some = [split.images[:: max(1, len(split.images) // 32)].contiguous() for split in (train, test)]
     return {
         "image names": digest(train.names, test.names),
         "classes": digest(train.classes, test.classes),
         "given labels": digest(train.labels, test.labels),
-        "images": digest(*some),
+        "valence and arousal": digest(train.va, test.va),
+        "images": digest(checksum(train.images), checksum(test.images)),
     }
 
 

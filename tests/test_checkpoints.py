@@ -3,36 +3,62 @@
 import csv
 import importlib
 import json
+from pathlib import Path
+
+from support import figures, toyfaces
+from support.datasets import load_data
+from support.inference import load_model
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_ferplus, build_folder, build_raf, lines, picture, save
+from conftest import Tiny, build_ferplus, build_folder, build_raf, lines, picture, save
 from PIL import Image
 
+import cocuring
 import common
 import scn
 
+CPU = torch.device("cpu")
+ROOT = Path(common.__file__).parent
+METHODS = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef restore(" in path.read_text())
 SMALL = {"jointgan": ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]}
 
 
-@pytest.fixture
-def trained(tiny, tmp_path):
-    """trained("scn") -> the script and the model.pt of a finished run on toy."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs("scn") -> the folder of a finished run on 48 toy faces, trained once."""
+    out = tmp_path_factory.mktemp("runs")
+    flags = "--noise 0.4 --size 32 --batch-size 12 --epochs 2 --precision fp32".split()
 
     def train(method):
-        script = importlib.import_module(method)
-        assert script.main([*tiny, *SMALL.get(method, []), "--out", str(tmp_path / "runs"), "--name", method]) == 0
-        return script, tmp_path / "runs" / method / "model.pt"
+        if not (out / method).exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
+                patch.setitem(common.BACKBONES, "resnet18", Tiny)
+                argv = [*flags, *SMALL.get(method, []), "--out", str(out), "--name", method]
+                assert importlib.import_module(method).main(argv) == 0
+        return out / method
 
     return train
+
+
+@pytest.fixture
+def trained(runs, tiny):
+    """trained("scn") -> the script and the model.pt of its run."""
+    return lambda method: (importlib.import_module(method), runs(method) / "model.pt")
+
+
+@pytest.fixture
+def scn_model(trained):
+    return trained("scn")[1]
 
 
 def place(tmp_path):
     return ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_evaluation_on_the_runs_own_data_repeats_its_last_epoch(method, trained, tmp_path, capsys):
     script, model = trained(method)
     last = lines(model.parent)[-1]
@@ -40,34 +66,34 @@ def test_evaluation_on_the_runs_own_data_repeats_its_last_epoch(method, trained,
     assert script.main(["--evaluate", str(model), *place(tmp_path)]) == 0
     folder = tmp_path / "out" / f"{method}-on-toy"
     record = json.loads((folder / "evaluation.json").read_text())
-    for tag in ("accuracy/test", "accuracy/test_mean_class", *(tag for tag in last if tag.startswith("accuracy/class/"))):
+    own = [tag for tag in last if tag.startswith("accuracy/class/")]
+    for tag in ("accuracy/test", "accuracy/test_mean_class", *own):
         assert record[tag] == pytest.approx(last[tag])
     assert sum(map(sum, record["confusion"])) == 16 and (folder / "confusion.png").exists()
     assert f"{record['accuracy/test']:.2%}" in capsys.readouterr().out
 
 
-def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, capsys):
-    script, model = trained("scn")
-    root = build_ferplus(tmp_path / "ferplus")
-    assert scn.main(["--evaluate", str(model), "--data", "ferplus", "--root", str(root), *place(tmp_path)]) == 2
+def test_classes_in_another_order_are_matched_by_name(scn_model, tmp_path, capsys):
+    data = ["--data", "ferplus", "--root", str(build_ferplus(tmp_path / "ferplus"))]
+    assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 2
     assert "--classes 7" in capsys.readouterr().err
-    assert scn.main(["--evaluate", str(model), "--data", "ferplus", "--root", str(root), "--classes", "7", *place(tmp_path)]) == 0
+    data += ["--classes", "7"]
+    assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 0
     record = json.loads((tmp_path / "out" / "scn-on-ferplus" / "evaluation.json").read_text())
-    args = scn.parse_args(["--data", "ferplus", "--root", str(root), "--classes", "7", "--size", "32", *place(tmp_path)])
-    _, test = common.load_data(args)
-    probs, _ = common.restore(common.load_checkpoint(model), torch.device("cpu"))(test.images)
-    names = common.load_checkpoint(model)["classes"]
+    _, test = load_data(scn.parse_args([*data, "--size", "32", *place(tmp_path)]))
+    state, predictor = load_model(scn_model, CPU)
+    names, (probs, _) = state["classes"], predictor(test.images)
     right = np.mean([names[p.argmax()] == test.classes[label] for p, label in zip(probs, test.labels)])
     assert record["accuracy/test"] == pytest.approx(right) and tuple(record["classes"]) == test.classes != tuple(names)
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_another_method_starts_from_the_backbone(method, trained, tmp_path, capsys):
     _, model = trained(method)
     weights = common.load_checkpoint(model)["networks"][0]
     capsys.readouterr()
-    flags = ["--data", "toy", "--pretrained", str(model), "--size", "32", "--batch-size", "12", "--epochs", "1", "--lr", "1e-12", "--out", str(tmp_path), "--name", "next"]
-    status = importlib.import_module("scn").main(flags)
+    flags = ["--pretrained", str(model), "--size", "32", "--batch-size", "12", "--epochs", "1", "--lr", "1e-12"]
+    status = scn.main([*flags, "--out", str(tmp_path), "--name", "next"])
     said = capsys.readouterr()
     if method == "jointgan":  # a VGG of its own
         assert status == 2 and "another backbone" in said.err and not (tmp_path / "next").exists()
@@ -77,62 +103,125 @@ def test_another_method_starts_from_the_backbone(method, trained, tmp_path, caps
     assert all(torch.equal(after[key], value) for key, value in weights.items() if key.startswith("backbone.conv"))
 
 
-def test_the_validation_split_has_a_folder_of_its_own(trained, tmp_path):
-    script, model = trained("scn")
-    root = build_raf(tmp_path / "raf")
-    assert script.main(["--evaluate", str(model), "--data", "raf", "--root", str(root), "--split", "valid", *place(tmp_path)]) == 0
+def test_the_validation_split_has_a_folder_of_its_own(scn_model, tmp_path):
+    data = ["--data", "raf", "--root", str(build_raf(tmp_path / "raf")), "--split", "valid"]
+    assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 0
     assert json.loads((tmp_path / "out" / "scn-on-raf-valid" / "evaluation.json").read_text())["images"] == 2
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+def read_predictions(folder):
+    with open(folder / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_predictions_are_the_models_own(method, trained, tmp_path):
     script, model = trained(method)
     folder, single = build_folder(tmp_path / "photos", size=(40, 30)), tmp_path / "one.JPG"
     save(picture(5, 32, 32), single)
     (folder / "notes.txt").write_text("no image")
     (folder / "faces.csv").write_text("what align_faces.py leaves")
+    (folder / "._0.png").write_text("what a Mac leaves")
+    save(picture(6, 32, 32), folder / ".thumbnails" / "0.png")
     save(picture(6, 32, 32), folder / "faces.png")  # its sheet: no face
     assert script.main(["--predict", str(model), str(folder), str(single), *place(tmp_path)]) == 0
     out = tmp_path / "out" / f"{method}-predictions"
-    with open(out / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = common.load_checkpoint(model)["classes"]
-    assert [row["name"] for row in rows] == [p.as_posix() for p in sorted(folder.rglob("*.png")) if p.name != "faces.png"] + [single.as_posix()]
+    rows, names = read_predictions(out), common.load_checkpoint(model)["classes"]
+    faces = [f"{folder.as_posix()}/{c}/{i}.png" for c in ("angry", "happy", "sad") for i in range(4)]
+    assert [row["name"] for row in rows] == [*faces, single.as_posix()]
     image = torch.from_numpy(np.asarray(Image.open(single).convert("RGB")).copy()).permute(2, 0, 1)[None]
-    probs, _ = common.restore(common.load_checkpoint(model), torch.device("cpu"))(image)
-    assert [float(rows[-1][name]) for name in names] == pytest.approx(probs[0].tolist(), abs=1e-3)  # batches of 1 and 13
+    probs, _ = load_model(model, CPU)[1](image)
+    assert [float(rows[-1][name]) for name in names] == pytest.approx(probs[0].tolist(), abs=1e-3)
     for row in rows:
-        assert row["class"] == max(names, key=lambda name: float(row[name])) and sum(float(row[name]) for name in names) == pytest.approx(1, abs=1e-4)
+        assert row["class"] == max(names, key=lambda name: float(row[name]))
+        assert sum(float(row[name]) for name in names) == pytest.approx(1, abs=1e-4)
     assert (out / "predictions.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_is_there_is_not_replaced_unasked(trained, tmp_path, capsys):
-    script, model = trained("scn")
-    arguments = ["--evaluate", str(model), *place(tmp_path)]
-    assert script.main(arguments) == 0
-    assert script.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
-    assert script.main([*arguments, "--overwrite"]) == 0 and script.main([*arguments, "--name", "other"]) == 0
+def test_names_that_are_not_utf_8_are_predicted_and_written_as_they_are(scn_model, tmp_path):
+    name = b"caf\xe9 \"x\",\n.png".decode(errors="surrogateescape")
+    save(picture(5, 32, 32), tmp_path / "photos" / name)
+    assert scn.main(["--predict", str(scn_model), str(tmp_path / "photos"), *place(tmp_path)]) == 0
+    (row,) = read_predictions(tmp_path / "out" / "scn-predictions")
+    assert row["name"] == f"{tmp_path.as_posix()}/photos/{name}"
 
 
-def test_bad_input_is_one_line(trained, tmp_path, capsys):
-    script, model = trained("scn")
-    broken, empty = tmp_path / "broken.png", tmp_path / "empty"
+def test_what_is_there_is_not_replaced_unasked(scn_model, tmp_path, capsys):
+    arguments = ["--evaluate", str(scn_model), *place(tmp_path)]
+    assert scn.main(arguments) == 0
+    assert scn.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
+    folder = tmp_path / "out" / "scn-on-toy"
+    (folder / "evaluation.json.tmp123").write_text("{")  # as a kill leaves it
+    assert scn.main([*arguments, "--overwrite"]) == 0 and scn.main([*arguments, "--name", "other"]) == 0
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "model.pt", "confusion.png.tmpl", "labels.csv.tmp12"])
+def test_overwrite_replaces_nothing_but_an_evaluation(stranger, scn_model, tmp_path, capsys):
+    folder = tmp_path / "out" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("confusion.png", "predictions.csv", stranger):
+        (folder / name).write_text("precious")
+    save(picture(5, 32, 32), tmp_path / "face.png")
+    for job in (["--evaluate", str(scn_model)], ["--predict", str(scn_model), str(tmp_path / "face.png")]):
+        assert scn.main([*job, *place(tmp_path), "--name", "mine", "--overwrite"]) == 2
+        assert "other files" in capsys.readouterr().err
+    assert {path.read_text() for path in folder.iterdir()} == {"precious"} and len(list(folder.iterdir())) == 3
+
+
+def test_a_run_is_not_overwritten_by_its_own_evaluation(scn_model, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in scn_model.parent.iterdir()}
+    flags = ["--out", str(scn_model.parent.parent), "--name", "scn", "--overwrite"]
+    assert scn.main(["--evaluate", str(scn_model), *place(tmp_path), *flags]) == 2
+    assert "other files" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in scn_model.parent.iterdir()} == before
+
+
+def test_an_evaluation_survives_a_figure_that_cannot_be_drawn(scn_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "render", lambda figure: 1 / 0)
+    save(picture(5, 32, 32), tmp_path / "face.png")
+    assert scn.main(["--evaluate", str(scn_model), *place(tmp_path)]) == 0
+    assert scn.main(["--predict", str(scn_model), str(tmp_path / "face.png"), *place(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "confusion.png could not be drawn (division by zero)" in said.err and ".png" not in said.out
+    assert [p.name for p in (tmp_path / "out" / "scn-on-toy").iterdir()] == ["evaluation.json"]
+    assert [p.name for p in (tmp_path / "out" / "scn-predictions").iterdir()] == ["predictions.csv"]
+
+
+def error_line(main, argv, capsys):
+    capsys.readouterr()
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "weights_only" not in error
+    return error
+
+
+def test_bad_input_is_one_line(scn_model, tmp_path, capsys):
+    broken, empty, model = tmp_path / "broken.png", tmp_path / "empty", str(scn_model)
     broken.write_bytes(b"\x89PNG but not really")
     empty.mkdir()
-    cases = [
-        (["--predict", str(model)], "then images"), (["--predict", str(model), str(broken)], "broken.png"), (["--predict", str(model), str(tmp_path / "none.png")], "none.png"),
-        (["--predict", str(model), str(empty)], "no images"), (["--evaluate", str(model), "--predict", str(model), str(broken)], "two jobs"),
-        (["--evaluate", str(tmp_path / "none.pt")], "no such checkpoint"), (["--evaluate", str(model.parent / "last.pt")], "not a model.pt"),
-    ]
-    for flags, words in cases:
-        capsys.readouterr()
-        assert script.main([*flags, *place(tmp_path)]) == 2
-        error = capsys.readouterr().err.strip()
-        assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
-    state = common.load_checkpoint(model)
-    state["networks"][0].pop("head.weight")
-    common.save_checkpoint(tmp_path / "changed.pt", **state)
-    assert script.main(["--evaluate", str(tmp_path / "changed.pt"), *place(tmp_path)]) == 2
-    assert "changed.pt: the weights do not fit" in capsys.readouterr().err
-    assert importlib.import_module("cocuring").main(["--evaluate", str(model), *place(tmp_path)]) == 2
-    assert "of scn, not of cocuring" in capsys.readouterr().err
+    for flags, words in (
+        (["--predict", model], "then images"),
+        (["--predict", model, str(broken)], "broken.png"),
+        (["--predict", model, str(tmp_path / "none.png")], "none.png"),
+        (["--predict", model, str(empty)], "no images"),
+        (["--evaluate", model, "--predict", model, str(broken)], "two jobs"),
+        (["--evaluate", str(tmp_path / "none.pt")], "no such checkpoint"),
+        (["--evaluate", str(scn_model.parent / "last.pt")], "not a model.pt"),
+        (["--evaluate", model, "--device", "meta"], "--device meta"),
+    ):
+        assert words in error_line(scn.main, [*place(tmp_path), *flags], capsys)
+        assert not (tmp_path / "out").exists()
+    assert "of scn, not of cocuring" in error_line(cocuring.main, ["--evaluate", model, *place(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refuses_another_number_of_networks_and_other_shapes(method, trained, tmp_path, capsys):
+    script, model = trained(method)
+    fewer, other = common.load_checkpoint(model), common.load_checkpoint(model)
+    fewer["networks"].pop()
+    key = next(key for key, value in other["networks"][-1].items() if value.ndim == 4)
+    other["networks"][-1][key] = other["networks"][-1][key][:, :1]
+    for state in (fewer, other):
+        common.save_checkpoint(tmp_path / "changed.pt", **state)
+        error = error_line(script.main, ["--evaluate", str(tmp_path / "changed.pt"), *place(tmp_path)], capsys)
+        assert "changed.pt: the weights do not fit" in error

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import toyfaces
 from conftest import (
     build_ferplus,
     build_ferplus_csv,
@@ -25,6 +24,8 @@ from conftest import (
     same_end,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support import runs, toyfaces
 
 import cocuring
 import common
@@ -154,7 +155,7 @@ def test_a_wrong_correction_can_be_taken_back():
 
 @pytest.fixture
 def tiny(tiny):
-    return [*tiny, "--t-warm", "1", "--delta", "0.01"]
+    return [*tiny, "--warm-up", "1", "--delta", "0.01"]
 
 
 def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
@@ -199,8 +200,8 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
 
 def test_the_two_networks_start_and_stay_different():
     args = cocuring.parse_args(["--data", "toy"])
-    first, second = cocuring.make_networks(args, 7, torch.device("cpu"))
-    again = cocuring.make_networks(args, 7, torch.device("cpu"))[0]
+    first, second = cocuring.make_networks(args, 7)
+    again = cocuring.make_networks(args, 7)[0]
     assert not torch.equal(first.head.weight, second.head.weight) and torch.equal(first.head.weight, again.head.weight)
 
 
@@ -214,11 +215,15 @@ def test_inference_averages_the_softmax_outputs():
             return self.logits.expand(len(x), -1)
 
     args = cocuring.parse_args(["--size", "16", "--precision", "fp32"])
-    pixels = common.Pixels(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.device("cpu"))
-    networks = [Constant([0.9, 0.05, 0.05]), Constant([0.1, 0.5, 0.4])]  # mean (0.5, 0.275, 0.225)
-    scalars, table = cocuring.evaluate(networks, pixels, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"), args)
-    assert scalars["accuracy/test"] == 0.5 and scalars["accuracy/test/net1"] == 0.5 and scalars["accuracy/test/net2"] == 0.5
+    images = common.Images(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), 16, torch.device("cpu"))
+    networks = torch.nn.ModuleList([Constant([0.9, 0.05, 0.05]), Constant([0.1, 0.5, 0.4])])
+    probs = cocuring.predict(networks, images, args)
+    assert probs.shape == (2, 4, 3)
+    torch.testing.assert_close(probs.mean(0), torch.tensor([0.5, 0.275, 0.225]).expand(4, -1))
+    table = runs.confusion_matrix(probs.mean(0).argmax(1), torch.tensor([0, 0, 1, 1]), 3)
     assert table == [[2, 0, 0], [2, 0, 0], [0, 0, 0]]
+    scalars = runs.accuracy_scalars(table, ("a", "b", "c"))
+    assert scalars["accuracy/test"] == 0.5
     assert "accuracy/class/c" not in scalars and scalars["accuracy/test_mean_class"] == 0.5
 
 
@@ -273,15 +278,15 @@ def test_the_script_trains_on_every_layout(data, build, tiny, tmp_path):
 
 def test_a_run_stopped_between_epochs_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
     assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "whole"]) == 0
-    save = common.Run.save
+    save = runs.save_checkpoint
 
-    def save_and_stop(self, **state):
+    def save_and_stop(path, **state):
         if state["epoch"] == 2:  # after the line in metrics.jsonl, before the checkpoint
             raise KeyboardInterrupt
-        save(self, **state)
+        save(path, **state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save", save_and_stop)
+        patch.setattr(runs, "save_checkpoint", save_and_stop)
         assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 130
     assert len(lines(tmp_path / "cut")) == 2
     (tmp_path / "cut" / "last.pt.tmp99999").write_bytes(b"half")  # as a kill in the middle of a save leaves it
@@ -297,7 +302,7 @@ def test_a_run_stopped_between_epochs_ends_as_if_it_was_not(tiny, tmp_path, monk
 def test_a_run_stopped_before_its_end_only_finishes(tiny, tmp_path, monkeypatch):
     assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "write_hparams", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runs.Run, "write_hparams", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut"]) == 130
     assert cocuring.main([*tiny, "--out", str(tmp_path), "--name", "cut", "--resume"]) == 0
     same_end(tmp_path / "whole", tmp_path / "cut")
@@ -310,7 +315,7 @@ def test_resume_with_nothing_to_resume_starts_from_the_beginning(tiny, tmp_path)
 
 def test_resume_refuses_other_arguments(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runs.Run, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 130
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run", "--resume", "--beta", "3"]) == 2
@@ -319,7 +324,9 @@ def test_resume_refuses_other_arguments(tiny, tmp_path, monkeypatch, capsys):
 
 
 SCRIPT = """
-import signal, sys, toyfaces, cocuring, common
+import signal, sys
+from support import toyfaces
+import cocuring, common
 from conftest import Tiny
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs inherit Ctrl-C ignored
 toyfaces.SPLITS = {"train": 48, "valid": 16, "test": 16}
@@ -425,12 +432,12 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tiny, tmp_path
     assert "epoch 2, step 1 of 4" in error and "last.pt (epoch 1)" in error
     assert len(lines(tmp_path / "run")) == 1
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for n in state["networks"] for v in n.values())
+    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["networks"].values())
 
 
 def test_a_run_of_another_method_is_not_resumed(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runs.Run, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"])
     file = tmp_path / "run" / "args.json"
     file.write_text(file.read_text().replace('"method": "cocuring"', '"method": "scn"'))
@@ -463,6 +470,6 @@ def test_help_names_the_source_of_every_method_default(capsys):
     assert cocuring.main(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     section = shown.split("Co-curing:")[-1]
-    for flag in ("--beta", "--lambda-max", "--ramp", "--delta", "--t-warm", "--networks", "--decay", "--jitter", "--crop"):
+    for flag in ("--beta", "--lambda-max", "--ramp", "--delta", "--warm-up", "--networks", "--decay", "--jitter", "--crop"):
         text = section.split(flag + " ")[1][:250]
         assert "paper" in text or "ours" in text or "official code" in text, flag

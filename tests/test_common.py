@@ -1,18 +1,17 @@
-"""The foundation: plan of random draws, augmentation against torchvision, backbones, checkpoints, metrics."""
+"""The foundation: batches and the draws of an epoch, backbones, checkpoints, means."""
 
-import json
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
+import zipfile
 
 import pytest
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
+from sklearn.metrics import roc_auc_score
 from torch import nn
-from torchvision.transforms.autoaugment import _apply_op
 
+import cocuring
 import common
 from common import UserError
 
@@ -23,10 +22,21 @@ def images(n=6, c=3, h=20, w=20, seed=0):
     return torch.randint(256, (n, c, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-# Batches and the plan of an epoch
+def test_a_seed_is_a_function_of_its_key_in_every_process():
+    assert common.seed_of("order", 1, 2) == 0x4ED381F9E4780B1F
+    assert 0 <= min(common.seed_of(k) for k in range(99)) and max(common.seed_of(k) for k in range(99)) < 2**63
+    first, again, other = (torch.rand(3, generator=common.generator_of("a", k)) for k in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("count, size, lengths", [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (8, 4, [4, 4]), (5, 5, [5]), (3, 2, [3]), (1, 1, [1])])
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, size, lengths", [
+    (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (8, 4, [4, 4]), (5, 5, [5]), (3, 2, [3]), (1, 1, [1]),
+])
 def test_batches_cover_the_data_and_a_last_sample_joins_the_batch_before(count, size, lengths):
     slices = common.batch_slices(count, size)
     assert [s.stop - s.start for s in slices] == lengths
@@ -38,36 +48,79 @@ def test_a_batch_larger_than_the_data_is_refused():
         common.batch_slices(5, 6)
 
 
-def test_pixels_give_each_batch_its_images_in_order():
+def test_each_batch_gets_its_images_in_order():
     x, order = images(7), torch.tensor([6, 0, 3, 1, 5, 2, 4])
-    pixels = common.Pixels(x, CPU)
-    assert not pixels.streamed
-    got = list(pixels.batches(order, common.batch_slices(7, 3)))
+    got = list(common.Images(x, 20, CPU).batches(order, common.batch_slices(7, 3)))
     assert torch.cat([index for _, index, _ in got]).tolist() == order.tolist()
     assert torch.equal(torch.cat([batch for _, _, batch in got]), x[order])
 
 
-def test_images_that_do_not_fit_are_streamed_by_a_thread_that_ends():
+def test_inputs_for_inference_are_all_images_in_their_order():
+    x = images(530, 1, 4, 4)
+    got = common.Images(x, 8, CPU, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert len(got) == 530 and [len(part) for part in got] == [512, 18]
+    torch.testing.assert_close(torch.cat(list(got)), common.network_input(x, 8, (0.5,) * 3, (0.2,) * 3))
+
+
+def test_images_on_another_device_are_streamed_by_a_thread_that_ends():
     before = threading.active_count()
-    pixels = common.Pixels(images(7), torch.device("meta"))  # a device on which they do not lie
-    assert pixels.streamed
-    got = list(pixels.batches(torch.arange(7), common.batch_slices(7, 3)))
-    assert [(part.start, len(index), batch.shape[0], batch.device.type) for part, index, batch in got] == [(0, 3, 3, "meta"), (3, 4, 4, "meta")]
-    for _ in pixels.batches(torch.arange(7), common.batch_slices(7, 2)):
+    streamed = common.Images(images(7), 20, torch.device("meta"))  # a device on which they do not lie
+    got = list(streamed.batches(torch.arange(7), common.batch_slices(7, 3)))
+    assert [(part.start, len(index), len(batch)) for part, index, batch in got] == [(0, 3, 3), (3, 4, 4)]
+    assert {batch.device.type for _, _, batch in got} == {"meta"} and {i.device.type for _, i, _ in got} == {"cpu"}
+    for _ in streamed.batches(torch.arange(7), common.batch_slices(7, 2)):
         break  # leaving early stops the thread too
     assert threading.active_count() == before
 
 
+def test_reading_ahead_keeps_the_order_and_its_depth():
+    read = []
+    for i, got in enumerate(common.read_ahead(lambda item: read.append(item) or -item, range(9), depth=2)):
+        while len(read) < min(i + 3, 9):  # it does read ahead
+            time.sleep(0.001)
+        assert got == -i and len(read) <= i + 3
+
+
 def test_an_error_of_the_reading_thread_is_raised():
-    pixels = common.Pixels(images(3), torch.device("meta"))
     with pytest.raises(IndexError):
-        list(pixels.batches(torch.tensor([0, 1, 7]), [slice(0, 3)]))
+        list(common.Images(images(3), 20, torch.device("meta")).batches(torch.tensor([0, 1, 7]), [slice(0, 3)]))
 
 
-def test_a_plan_is_a_function_of_seed_and_epoch():
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("size", [20, 32])
+def test_network_input_is_resized_and_normalised_as_torchvision_does(c, size):
+    x = images(3, c, 20, 20)
+    got = common.network_input(x, size)
+    rgb = x.expand(-1, 3, -1, -1).float() / 255
+    wanted = TF.normalize(TF.resize(rgb, [size, size], antialias=True), common.MEAN, common.STD)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
+    assert torch.equal(common.network_input(x.float(), size), got)
+
+
+def test_an_image_that_is_not_square_becomes_so():
+    assert common.network_input(images(2, 3, 20, 32), 32).shape == (2, 3, 32, 32)
+
+
+def plain(view, draw):
+    return view
+
+
+def epoch_of(loader, epoch=1, **kw):
+    batches = list(loader.epoch(epoch, **kw))
+    return torch.cat([index for _, index in batches]), [x for x, _ in batches]
+
+
+def test_an_epoch_is_a_function_of_seed_and_number():
     def numbers(seed, epoch):
-        plan = common.EpochPlan(50, seed, epoch, CPU)
-        return plan.order.tolist(), plan.draw("flip", slice(0, 50)).tolist(), torch.rand(3).tolist()
+        drawn = []
+
+        def augment(view, draw):
+            drawn.append(draw("flip"))
+            return view
+
+        index, x = epoch_of(common.Loader(common.Images(images(50), 20, CPU), 7, seed, augment), epoch)
+        return index.tolist(), torch.cat(drawn).tolist(), torch.rand(3).tolist()  # the last: dropout, say
 
     assert numbers(1, 2) == numbers(1, 2)
     for other in (numbers(1, 3), numbers(2, 2)):
@@ -76,174 +129,85 @@ def test_a_plan_is_a_function_of_seed_and_epoch():
 
 
 def test_a_draw_depends_on_its_name_and_place_alone():
-    first, second = common.EpochPlan(40, 1, 1, CPU), common.EpochPlan(40, 1, 1, CPU)
-    whole = first.draw("flip", slice(0, 40))
-    second.draw("another name", slice(0, 7))
-    parts = [second.draw("flip", s) for s in common.batch_slices(40, 7)]
-    assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, first.draw("crop x", slice(0, 40)))
+    def draws(batch_size, *names):
+        drawn = {name: [] for name in names}
+
+        def augment(view, draw):
+            for name in names:
+                drawn[name].append(draw(name))
+                assert drawn[name][-1].shape == (len(view),) and torch.equal(draw(name), drawn[name][-1])
+            return view
+
+        epoch_of(common.Loader(common.Images(images(40), 20, CPU), batch_size, 1, augment))
+        return {name: torch.cat(parts) for name, parts in drawn.items()}
+
+    whole, parts = draws(40, "flip", "crop x"), draws(7, "another name", "flip")
+    assert torch.equal(whole["flip"], parts["flip"]) and not torch.equal(whole["flip"], whole["crop x"])
+    assert whole["flip"].min() >= 0 and whole["flip"].max() < 1 and whole["flip"].unique().numel() == 40
 
 
-def test_oversampling_draws_the_classes_equally_and_their_samples_evenly():
+def test_the_network_gets_the_augmented_images_normalised():
+    x = images(10)
+    loader = common.Loader(common.Images(x, 32, CPU), 4, 1, lambda view, draw: view.flip(-1))
+    for view, index in loader.epoch(1):
+        torch.testing.assert_close(view, common.network_input(x[index].flip(-1), 32))
+
+
+def test_the_strong_view_is_made_of_the_weak_one():
+    x = images(10)
+    weak, strong = (lambda view, draw: view.flip(-1)), (lambda view, draw: 255 - view)
+    loader = common.Loader(common.Images(x, 20, CPU), 4, 1, weak, strong)
+    for (weak, strong), index in loader.epoch(1):
+        torch.testing.assert_close(weak, common.network_input(x[index].flip(-1), 20))
+        torch.testing.assert_close(strong, common.network_input(255 - x[index].flip(-1), 20))
+    order = epoch_of(loader, 2)[0]
+    for (weak, strong), index in loader.epoch(2, strong=False):
+        assert strong is None and torch.equal(weak, common.network_input(x[index].flip(-1), 20))
+    assert torch.equal(order, epoch_of(loader, 2, strong=False)[0])
+
+
+def test_classes_are_drawn_equally_and_their_samples_evenly():
     labels = torch.tensor([0] * 70 + [1] * 25 + [3] * 5)
-    order = common.EpochPlan(100, 1, 1, CPU, oversample_by=labels).order
+    loader = common.Loader(common.Images(images(100, 1, 2, 2), 2, CPU), 10, 1, plain)
+    order, _ = epoch_of(loader, balance=labels)
     assert len(order) == 100
-    per_class = torch.bincount(labels[order]).tolist()
-    assert sorted(per_class, reverse=True) == [34, 33, 33, 0]
+    assert sorted(torch.bincount(labels[order]).tolist(), reverse=True) == [34, 33, 33, 0]
     times = torch.bincount(order, minlength=100)
     assert times[:70].max() == 1 and set(times[70:95].tolist()) == {1, 2} and set(times[95:].tolist()) == {6, 7}
-    other = common.EpochPlan(100, 1, 2, CPU, oversample_by=labels).order
-    assert not torch.equal(order, other)
+    assert not torch.equal(order, epoch_of(loader, 2, balance=labels)[0])
 
 
-def test_the_later_occurrence_decides_the_label_of_a_sample_drawn_twice():
+def test_samples_without_a_class_are_drawn_once():
+    labels = torch.tensor([-1] * 10 + [0] * 9 + [1] * 3)
+    order = common.balanced_order(labels, torch.Generator().manual_seed(0))
+    assert len(order) == 22 and sorted(order[labels[order] < 0].tolist()) == list(range(10))
+    assert torch.bincount(labels[order] + 1).tolist() == [10, 6, 6]
+    assert (labels[order][:10] < 0).sum() < 10  # shuffled among the others
+
+
+def test_the_last_occurrence_decides_of_a_sample_that_is_drawn_twice():
     labels = torch.tensor([0, 0, 0, 0])
-    changed = common.set_labels(labels, torch.tensor([1, 2, 1, 3]), torch.tensor([5, 6, 7, 0]))
+    changed = common.assign(labels, torch.tensor([1, 2, 1, 3]), torch.tensor([5, 6, 7, 0]))
     assert labels.tolist() == [0, 7, 6, 0] and changed.item() == 2
 
 
 def test_a_sample_drawn_twice_that_ends_as_it_was_did_not_change():
     labels = torch.tensor([4, 4])
-    assert common.set_labels(labels, torch.tensor([0, 0]), torch.tensor([2, 4])).item() == 0
+    assert common.assign(labels, torch.tensor([0, 0]), torch.tensor([2, 4])).item() == 0
     assert labels.tolist() == [4, 4]
 
 
-# Augmentation
+def test_only_the_occurrences_that_count_are_assigned():
+    values = torch.tensor([0.0, 0.0, 0.0])
+    index, new = torch.tensor([0, 1, 0, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    where = torch.tensor([True, True, False, True, False])
+    assert common.assign(values, index, new, where).item() == 2
+    assert values.tolist() == [1, 4, 0]
 
 
-def test_flip_mirrors_where_the_draw_is_below_one_half():
-    x = images(4)
-    got = common.random_flip(x, torch.tensor([0.0, 0.49, 0.5, 0.99]))
-    assert torch.equal(got[:2], TF.horizontal_flip(x[:2])) and torch.equal(got[2:], x[2:])
-
-
-def test_crop_equals_torchvisions_pad_and_crop():
-    x = images(5, h=20, w=16)
-    u, v = torch.tensor([0.0, 0.3, 0.5, 0.7, 0.999]), torch.tensor([0.999, 0.0, 0.5, 0.2, 0.6])
-    got = common.random_crop(x, u, v, 3)
-    for i in range(5):
-        top, left = int(u[i] * 7), int(v[i] * 7)
-        assert torch.equal(got[i], TF.crop(TF.pad(x[i], [3, 3, 3, 3]), top, left, 20, 16))
-    assert torch.equal(common.random_crop(x, torch.full((5,), 0.5), torch.full((5,), 0.5), 3), x)  # the middle is the image
-
-
-@pytest.mark.parametrize("c", [1, 3])
-def test_colour_jitter_equals_torchvisions_steps_sample_by_sample(c):
-    x = images(4, c).float()
-    factors = torch.tensor([[1.0, 1.0, 1.0], [1.3, 0.7, 1.2], [0.7, 1.4, 0.5], [0.9, 1.1, 0.0]])
-    got = common.color_jitter(x, *factors.T)
-    for i, (brightness, contrast, saturation) in enumerate(factors.tolist()):
-        wanted = TF.adjust_contrast(TF.adjust_brightness(x[i] / 255, brightness), contrast)
-        wanted = TF.adjust_saturation(wanted, saturation) if c == 3 else wanted
-        torch.testing.assert_close(got[i] / 255, wanted, atol=2e-4, rtol=0)
-
-
-def augmented(x, part, epoch=1, **kw):
-    return common.augment(x, common.EpochPlan(12, 1, epoch, CPU), part, **(kw or {"crop": 2, "jitter": 0.4}))
-
-
-def test_the_same_image_twice_in_a_batch_differs():
-    x = images(1).expand(8, -1, -1, -1)
-    got = augmented(x, slice(0, 8))
-    assert all(not torch.equal(got[i], got[j]) for i in range(8) for j in range(i))
-
-
-def test_the_same_place_in_the_same_epoch_repeats_and_in_another_does_not():
-    x = images(8)
-    assert torch.equal(augmented(x, slice(2, 10)), augmented(x, slice(2, 10)))
-    assert not torch.equal(augmented(x, slice(2, 10)), augmented(x, slice(2, 10), epoch=2))
-    assert not torch.equal(augmented(x, slice(2, 10)), augmented(x, slice(3, 11)))
-
-
-def test_augmentation_does_not_depend_on_the_batch_split():
-    x = images(12)
-    whole = augmented(x, slice(0, 12))
-    parts = torch.cat([augmented(x[s], s) for s in common.batch_slices(12, 5)])
-    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
-
-
-def test_without_crop_and_jitter_only_the_flip_is_left():
-    x = images(12)
-    got = augmented(x, slice(0, 12), crop=0, jitter=0.0)
-    u = common.EpochPlan(12, 1, 1, CPU).draw("flip", slice(0, 12))
-    assert torch.equal(got, common.random_flip(x, u)) and 0 < (u < 0.5).sum() < 12
-
-
-def test_jitter_stays_within_its_strength_and_the_range_of_pixels():
-    grey = torch.full((12, 1, 8, 8), 100, dtype=torch.uint8)
-    got = augmented(grey, slice(0, 12), crop=0, jitter=0.3)[:, 0, 0, 0]
-    assert got.min() >= 70 and got.max() <= 130 and got.unique().numel() == 12
-    white = augmented(torch.full((12, 3, 8, 8), 255, dtype=torch.uint8), slice(0, 12), crop=0, jitter=0.9)
-    assert white.max() <= 255 and white.min() >= 0
-
-
-def odd_images(c):
-    """Noise, one value, few values, low contrast, a ramp: what tables and equalisation stumble over."""
-    x = images(7, 3, 48, 40, seed=3)
-    x[1] = 7
-    x[2] = x[2] % 2 + 100
-    x[3] = x[3] // 4 + 60
-    x[4] = torch.arange(40, dtype=torch.uint8) * 6
-    x[5, 1] = 255
-    x[6] = 0
-    return x[:, :c].contiguous()
-
-
-SPACE = torchvision.transforms.RandAugment()._augmentation_space(31, (48, 40))
-
-
-def torchvisions(operation, image, magnitude, sign):
-    if operation == "invert":
-        return TF.invert(image)
-    name = "".join(word.capitalize() for word in operation.split()).replace("contrast", "Contrast")
-    magnitudes, signed = SPACE[name]
-    value = magnitudes[magnitude].item() if magnitudes.ndim else 0.0
-    return _apply_op(image, name, value * (sign if signed else 1), torchvision.transforms.InterpolationMode.NEAREST, None)
-
-
-@pytest.mark.parametrize("operation", common.OPERATIONS)
-@pytest.mark.parametrize("c", [1, 3])
-def test_every_operation_of_randaugment_is_torchvisions(operation, c):
-    x, geometric = odd_images(c), operation in ("shear x", "shear y", "translate x", "translate y", "rotate")
-    number = torch.full((len(x),), common.OPERATIONS.index(operation))
-    for magnitude in (0, 10, 17, 30):
-        for sign in (-1.0, 1.0):
-            got = common.apply_operations(x, number, torch.full((len(x),), sign), magnitude)
-            for i in range(len(x)):
-                difference = (got[i].int() - torchvisions(operation, x[i], magnitude, sign).int()).abs()
-                assert (difference > 0).float().mean() <= (0.001 if geometric else 0), (magnitude, sign, i)
-
-
-def test_operations_are_drawn_and_applied_sample_by_sample():
-    x = odd_images(3)[:1].expand(15, -1, -1, -1)
-    mixed = common.apply_operations(x, torch.arange(15), torch.ones(15))
-    for i in range(15):
-        assert torch.equal(mixed[i], common.apply_operations(x[:1], torch.tensor([i]), torch.ones(1))[0])
-    plan = common.EpochPlan(600, 1, 1, CPU)
-    operation = (plan.draw("operation 0", slice(0, 600)) * len(common.OPERATIONS)).long()
-    assert torch.bincount(operation).min() > 20 and operation.max() == 14
-
-
-def test_randaugment_repeats_in_place_and_does_not_depend_on_the_batch_split():
-    x = images(12)
-    whole = common.rand_augment(x, common.EpochPlan(12, 1, 1, CPU), slice(0, 12))
-    parts = torch.cat([common.rand_augment(x[s], common.EpochPlan(12, 1, 1, CPU), s) for s in common.batch_slices(12, 5)])
-    assert torch.equal(whole, parts) and whole.dtype == torch.uint8
-    assert not torch.equal(whole, common.rand_augment(x, common.EpochPlan(12, 1, 2, CPU), slice(0, 12)))
-    assert torch.equal(common.rand_augment(x, common.EpochPlan(12, 1, 1, CPU), slice(0, 12), layers=0), x)
-
-
-@pytest.mark.parametrize("c", [1, 3])
-def test_network_input_is_resized_and_normalised_as_torchvision_does(c):
-    x = images(3, c, 20, 20)
-    got = common.network_input(x, 32)
-    rgb = x.expand(-1, 3, -1, -1).float() / 255
-    wanted = TF.normalize(TF.resize(rgb, [32, 32], antialias=True), common.MEAN, common.STD)
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-    assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
-
-
-# Backbones and checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, backbones, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def resnet():
@@ -263,13 +227,15 @@ def without_head(state):
 
 def formats(weights):
     body = without_head(weights)
-    head = {"feature.weight": torch.zeros(256, 512), "feature.bias": torch.zeros(256), "fc.weight": torch.zeros(99, 256), "fc.bias": torch.zeros(99)}
+    head = {"feature.weight": torch.zeros(256, 512), "feature.bias": torch.zeros(256), "fc.weight": torch.zeros(9, 256)}
+    msceleb = {f"module.{k}": v for k, v in (body | head).items()}
+    ours = {f"backbone.{k}": v for k, v in body.items()} | {"head.weight": torch.zeros(7, 9), "margin": torch.zeros(1)}
     return {
-        "msceleb, module. prefix and its own heads": {"state_dict": {f"module.{k}": v for k, v in (body | head).items()}},
+        "msceleb, module. prefix and its own heads": {"state_dict": msceleb},
         "msceleb, torchvision's names": {"state_dict": weights},
         "plain state dict": dict(weights),
         "without batch counters": {k: v for k, v in weights.items() if "num_batches" not in k},
-        "model.pt of this project": {"networks": [{f"backbone.{k}": v for k, v in body.items()} | {"head.weight": torch.zeros(7, 512)}], "method": "x"},
+        "model.pt of this project": {"networks": [ours, {"backbone.other": torch.zeros(1)}], "method": "x"},
     }
 
 
@@ -279,7 +245,8 @@ def test_every_published_format_of_weights_is_loaded_whole(name, weights, tmp_pa
     model = resnet()
     loaded = common.load_pretrained(model, tmp_path / "w.pth")
     assert loaded == (100 if name == "without batch counters" else 120)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in without_head(weights).items() if "num_batches" not in k)
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in without_head(weights).items() if "num_batches" not in k)
     assert torch.equal(model.fc.weight, resnet().fc.weight)  # the head is not touched
 
 
@@ -311,11 +278,45 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
 
 
 def test_make_backbone_loads_what_it_is_told_to(weights, tmp_path, capsys):
-    import cocuring
-
     torch.save(weights, tmp_path / "w.pth")
     backbone, width = common.make_backbone(cocuring.parse_args(["--pretrained", str(tmp_path / "w.pth")]))
-    assert width == 512 and torch.equal(backbone.conv1.weight, weights["conv1.weight"]) and "120 tensors" in capsys.readouterr().out
+    assert width == 512 and torch.equal(backbone.conv1.weight, weights["conv1.weight"])
+    assert "120 tensors" in capsys.readouterr().out
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+
+
+def test_weights_that_a_backbone_does_not_have_are_refused(monkeypatch):
+    monkeypatch.setitem(common.BACKBONES, "own", lambda: resnet())  # takes no weights
+    monkeypatch.setitem(common.PRETRAINED, ".own", "own")
+    assert common.backbone_of("some/file.own") == "own" and common.backbone_of("file.pth") is None
+    args = cocuring.parse_args([])
+    args.pretrained = "x.own"
+    with pytest.raises(UserError, match="belongs to --backbone own"):
+        common.make_backbone(args)
+    args.pretrained, args.backbone = "imagenet", "own"
+    with pytest.raises(UserError, match="no such weights"):
+        common.make_backbone(args)
+
+
+def test_a_head_computes_in_float32_whatever_its_backbone_does():
+    classifier = common.Classifier(nn.Linear(3, 5), 5, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert classifier.backbone(torch.ones(1, 3)).dtype == torch.bfloat16
+        logits = classifier(torch.ones(1, 3))
+    assert logits.shape == (1, 2) and logits.dtype == torch.float32
+
+
+def test_backbones_and_heads_have_learning_rates_of_their_own():
+    args = cocuring.parse_args(["--lr", "0.1", "--head-lr", "0.5"])
+    networks = [common.Classifier(nn.Linear(3, 5), 5, 2) for _ in range(2)]
+    backbone, heads = common.parameter_groups(networks, args)
+    assert (backbone["lr"], heads["lr"]) == (0.1, 0.5)
+    assert [p.shape[0] for p in backbone["params"]] == [5] * 4 and [p.shape[0] for p in heads["params"]] == [2] * 4
+
+
+def test_networks_are_laid_out_for_convolutions():
+    network = common.to_device(nn.Conv2d(3, 8, 3), CPU, cocuring.parse_args([]))
+    assert network.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_checkpoints_hold_what_was_saved_and_replace_atomically(tmp_path, monkeypatch):
@@ -338,27 +339,41 @@ class Evil:
         return (print, ("executed",))
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
-def test_a_damaged_or_unsafe_checkpoint_is_refused(content, tmp_path, capsys):
-    path = tmp_path / "bad.pt"
-    torch.save({"x": Evil()}, path) if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match="bad.pt"):
-        common.load_checkpoint(path)
+def damaged(path, how):
+    """A file of that name which is no checkpoint: text, unsafe, cut, or with a bit flipped."""
+    torch.save({"x": Evil()} if how == "unsafe" else {"weights": torch.zeros(1000)}, path)
+    content = path.read_bytes()
+    if how == "cut":
+        content = content[:2000]
+    elif how == "flipped":
+        with zipfile.ZipFile(path) as archive:
+            place = next(info.header_offset for info in archive.infolist() if info.filename.endswith("/data/0")) + 2000
+        content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    elif how != "unsafe":
+        content = how
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("how", [b"", b"no checkpoint", "unsafe", "cut", "flipped"])
+def test_a_damaged_or_unsafe_checkpoint_is_refused(how, tmp_path, capsys):
+    with pytest.raises(UserError, match="bad.pt") as error:
+        common.load_checkpoint(damaged(tmp_path / "bad.pt", how))
     assert "executed" not in capsys.readouterr().out
+    assert "weights_only" not in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_a_truncated_or_missing_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "cut.pt"
-    common.save_checkpoint(path, weights=torch.zeros(1000))
-    path.write_bytes(path.read_bytes()[:2000])
-    for file in (path, tmp_path / "none.pt"):
-        with pytest.raises(UserError, match=file.name):
-            common.load_checkpoint(file)
+def test_a_checkpoint_that_is_missing_a_folder_or_no_dict_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("list.pt", "folder.pt", "none.pt"):
+        with pytest.raises(UserError, match=name):
+            common.load_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "nonsense"])
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "meta", "cpu:-1", ""])
 def test_a_device_that_is_not_there_is_refused(name):
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=f"--device {name}"):
         common.find_device(name)
 
 
@@ -369,87 +384,54 @@ def test_auto_precision_is_bf16_only_where_it_is_native(monkeypatch):
             assert (nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16) == native
     with common.autocast(CPU, "fp32"):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+    with common.autocast(CPU, "bf16"):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Metrics
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_accuracies_by_hand():
-    probs = torch.eye(3)[torch.tensor([0, 0, 1, 1, 0, 2])]
-    scalars = common.accuracy_scalars(probs, torch.tensor([0, 0, 0, 0, 1, 2]), ("a", "b", "c"))
-    assert scalars == {"accuracy/test": 0.5, "accuracy/test_mean_class": 0.5, "accuracy/class/a": 0.5, "accuracy/class/b": 0.0, "accuracy/class/c": 1.0}
+def test_means_of_an_epoch_by_hand():
+    means = common.Means()
+    for loss, right, count in ((1.0, [True, False], 3), (2.0, [True, True, True], 4)):
+        means.add("loss", total=torch.tensor(loss, requires_grad=True))
+        means.add("accuracy", train=torch.tensor(right))
+        means.add("relabel", this_epoch=torch.tensor(count))
+    # a bool counts samples, a float steps, an integer adds up
+    assert means.result() == {"loss/total": 1.5, "accuracy/train": 0.8, "relabel/this_epoch": 7}
 
 
-def test_label_metrics_by_hand():
-    clean = torch.tensor([0, 1, 2, 0, 1, 2])
-    given = torch.tensor([0, 1, 2, 1, 2, 0])  # the last three are corrupted
-    current = torch.tensor([0, 2, 2, 0, 2, 1])  # one made wrong, one restored, one changed to another wrong one
-    got = common.label_scalars(given, current, clean)
-    assert got == pytest.approx({"relabel/changed": 3, "labels/accuracy": 0.5, "relabel/precision": 1 / 3, "relabel/recall": 1 / 3})
+def test_means_of_vectors_and_among_some():
+    means = common.Means()
+    means.add("threshold", class_=torch.tensor([0.5, 9.0]), among=torch.tensor([True, False]))
+    means.add("threshold", class_=torch.tensor([0.7, 0.4]), among=torch.tensor([True, True]))
+    means.add("share", kept=torch.tensor([True, False, True]), among=torch.tensor([True, True, False]))
+    means.add("share", none=torch.tensor([True, False]), among=torch.tensor([False, False]))
+    got = means.result()
+    assert got["threshold/class_"] == pytest.approx([0.6, 0.4])
+    assert got["share/kept"] == 0.5 and got["share/none"] == 0  # nothing counted
 
 
-def test_label_metrics_say_nothing_where_nothing_is_known():
-    labels = torch.tensor([0, 1])
-    assert common.label_scalars(labels, labels, None) == {"relabel/changed": 0}
-    assert "relabel/precision" not in common.label_scalars(labels, labels, torch.tensor([1, 1]))
-    assert "relabel/recall" not in common.label_scalars(labels, labels, labels)
+def test_what_does_not_count_may_be_undefined():
+    means = common.Means()
+    means.add("weight", low=torch.tensor([float("nan"), 2.0]), among=torch.tensor([False, True]))
+    assert means.result()["weight/low"] == [0, 2]
 
 
-def test_audit_score_is_the_margin_of_the_best_class_over_the_given_one():
-    got = common.audit_scores(torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]]), torch.tensor([0, 1]))
-    torch.testing.assert_close(got, torch.tensor([0.3, 0.0]))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_total_loss_that_is_not_finite_names_its_step(value):
+    means = common.Means()
+    for loss in (1.0, value, 2.0):
+        means.add("loss", total=torch.tensor(loss), part=torch.tensor(float("nan")))
+    with pytest.raises(FloatingPointError, match="step 2 of 3"):
+        means.result()
 
 
-def test_best_last5_and_final_are_what_their_names_say():
-    history = [{"epoch": i + 1, "accuracy/test": a} for i, a in enumerate([0.5, 0.9, 0.1, 0.2, 0.3, 0.4, 0.5])]
-    assert common.summary(history) == pytest.approx({"best": 0.9, "last5": 0.3, "final": 0.5, "best_epoch": 2})
-
-
-def test_a_line_cut_by_a_kill_is_passed_over(tmp_path):
-    import cocuring
-
-    run = common.Run(cocuring.parse_args(["--out", str(tmp_path), "--name", "run"]), "cocuring")
-    run.folder.mkdir()
-    (run.folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "acc')
-    assert run.history() == [{"epoch": 1}]
-
-
-def test_event_files_are_written_without_tensorflow(tmp_path):
-    code = f"import sys, common; w = common.summary_writer({str(tmp_path)!r}); w.add_scalar('a', 1, 1); w.close(); sys.exit('tensorflow' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(common.__file__).parent, check=True)
-    assert list(tmp_path.glob("events.out.tfevents.*"))
-
-
-class Constant:
-    """A plan whose draws are given by name, 0.5 (the middle of each range) otherwise."""
-
-    def __init__(self, **draws):
-        self.draws = {name.replace("_", " "): value for name, value in draws.items()}
-
-    def draw(self, name, part):
-        return torch.full((part.stop - part.start,), self.draws.get(name, 0.5))
-
-
-def test_random_affine_shifts_turns_and_zooms():
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-    def moved(**draws):
-        return common.random_affine(images, Constant(**draws), slice(0, 2), 90, 0.25, 0.5)
-
-    torch.testing.assert_close(moved(), images.float(), atol=1e-3, rtol=0)
-    shifted = moved(shift_x=1.0)  # a quarter of eight pixels, looked up to the right
-    torch.testing.assert_close(shifted[..., :6], images.float()[..., 2:], atol=1e-3, rtol=0)
-    assert (shifted[..., 6:] == 0).all()
-    turned = moved(rotation=1.0)
-    assert any(torch.allclose(turned, images.float().rot90(k, (2, 3)), atol=1e-2) for k in (1, 3))
-    zoomed = moved(zoom=0.0)  # half the size: black around
-    assert (zoomed[..., :1] == 0).all() and zoomed[..., 3:5, 3:5].mean() > 0
-
-
-def test_random_affine_draws_for_each_sample():
-    images = torch.randint(0, 256, (1, 1, 16, 16), dtype=torch.uint8).expand(6, -1, -1, -1)
-    plan = common.EpochPlan(6, 1, 1, torch.device("cpu"))
-    whole = common.random_affine(images, plan, slice(0, 6), 10, 0.1, 0.1)
-    assert not torch.equal(whole[0], whole[1])
-    halves = [common.random_affine(images[:3], plan, part, 10, 0.1, 0.1) for part in (slice(0, 3), slice(3, 6))]
-    torch.testing.assert_close(whole, torch.cat(halves))
+def test_area_under_the_curve_is_that_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(5, (60,), generator=generator) / 5  # with ties
+    positive = torch.rand(60, generator=generator) < 0.3
+    assert common.auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+    assert common.auroc(scores, torch.zeros(60, dtype=torch.bool)) == 0.5 == common.auroc(scores, scores >= 0)

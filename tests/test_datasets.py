@@ -1,10 +1,24 @@
 import csv
-import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
-import datasets
+from support import datasets
+from support.datasets import (
+    AFFECTNET_CLASSES,
+    FERPLUS_CLASSES,
+    RAF_CLASSES,
+    UserError,
+    label_base,
+    load_data,
+    load_train_index,
+    majority,
+    read_index,
+    read_labels,
+    write_labels,
+)
+
 import numpy as np
 import pytest
 import torch
@@ -28,25 +42,6 @@ from conftest import (
     save,
     votes_for,
 )
-from datasets import (
-    AFFECTNET_CLASSES,
-    FERPLUS_CLASSES,
-    RAF_CLASSES,
-    RAF_CONFUSIONS,
-    Index,
-    UserError,
-    asymmetric_noise,
-    confusion_pairs,
-    label_base,
-    load_data,
-    load_train_index,
-    majority,
-    read_index,
-    read_labels,
-    symmetric_noise,
-    write_labels,
-)
-from PIL import Image
 
 
 def generator(seed=0):
@@ -63,29 +58,34 @@ def key_images(split):
     return {datasets.name_key(name): image for name, image in zip(split.names, split.images)}
 
 
-def fail(*args):
-    raise AssertionError("an image was decoded")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Layouts
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout, data, shape, counts, classes", [
-    ("raf", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
-    ("raf lists", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
-    ("kaggle", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
-    ("kaggle folders", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
-    ("ferplus", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
-    ("ferplus csv", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
-    ("affectnet aligned", "affectnet", (3, 32, 32), (24, 8), AFFECTNET_CLASSES),
-    ("affectnet npy", "affectnet", (3, 32, 32), (24, 8), AFFECTNET_CLASSES),
-    ("affectnet aligned", "affectnet-auto", (3, 32, 32), (16, 8), AFFECTNET_CLASSES),
-    ("cifar10", "cifar10", (3, 32, 32), (100, 20), ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
-    ("folder", "folder", (3, 20, 20), (9, 3), ("anger", "happiness", "sadness")),
-    ("folder splits", "folder", (3, 20, 20), (12, 6), ("anger", "happiness", "sadness")),
-])
+@pytest.mark.parametrize(
+    "layout, data, shape, counts, classes",
+    [
+        ("raf", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
+        ("raf lists", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
+        ("kaggle", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
+        ("kaggle folders", "raf", (3, 100, 100), (28, 14), RAF_CLASSES),
+        ("ferplus", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
+        ("ferplus csv", "ferplus", (1, 48, 48), (24, 8), FERPLUS_CLASSES),
+        ("affectnet aligned", "affectnet", (3, 32, 32), (24, 8), AFFECTNET_CLASSES),
+        ("affectnet npy", "affectnet", (3, 32, 32), (24, 8), AFFECTNET_CLASSES),
+        ("affectnet aligned", "affectnet-auto", (3, 32, 32), (16, 8), AFFECTNET_CLASSES),
+        (
+            "cifar10",
+            "cifar10",
+            (3, 32, 32),
+            (100, 20),
+            ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        ),
+        ("folder", "folder", (3, 20, 20), (9, 3), ("anger", "happiness", "sadness")),
+        ("folder splits", "folder", (3, 20, 20), (12, 6), ("anger", "happiness", "sadness")),
+    ],
+)
 def test_a_layout_gives_its_images_labels_and_classes(layout, data, shape, counts, classes, tmp_path, arguments):
     for split, count in zip(load_data(arguments(data, BUILDERS[layout](tmp_path / "data"))), counts):
         assert split.images.shape == (count, *shape) and split.images.dtype == torch.uint8
@@ -112,8 +112,12 @@ def test_raf_labels_count_from_surprise(raf, arguments):
 
 @pytest.mark.parametrize("layout", ["raf lists", "kaggle", "kaggle folders"])
 def test_raf_layouts_agree(layout, tmp_path, raf, arguments):
-    for a, b in zip(load_data(arguments("raf", raf)), load_data(arguments("raf", BUILDERS[layout](tmp_path / "other")))):
-        assert {datasets.name_key(n): c for n, c in named(a).items()} == {datasets.name_key(n): c for n, c in named(b).items()}
+    for a, b in zip(
+        load_data(arguments("raf", raf)), load_data(arguments("raf", BUILDERS[layout](tmp_path / "other")))
+    ):
+        assert {datasets.name_key(n): c for n, c in named(a).items()} == {
+            datasets.name_key(n): c for n, c in named(b).items()
+        }
         images = key_images(b)
         assert all(torch.equal(image, images[key]) for key, image in key_images(a).items())
 
@@ -123,7 +127,9 @@ def test_raf_may_count_from_0(tmp_path, raf):
     assert datasets.read_raf(other, "train").labels == datasets.read_raf(raf, "train").labels
 
 
-@pytest.mark.parametrize("change", ["list_partition_label.txt", "crlf", "blank lines", "aligned names", "in basic", "inside basic"])
+@pytest.mark.parametrize(
+    "change", ["list_partition_label.txt", "crlf", "blank lines", "aligned names", "in basic", "inside basic"]
+)
 def test_raf_variants_are_read(change, raf):
     wanted = datasets.read_raf(raf, "test")
     listing, root = raf / "EmoLabel" / "list_patition_label.txt", raf
@@ -204,7 +210,9 @@ def test_folder_passes_over_hidden_folders_and_other_files(tmp_path):
     assert index.classes == ("anger", "happiness", "sadness") and len(index.names) == 9
 
 
-@pytest.mark.parametrize("name, expected", [("Happy", "happiness"), (" ANGRY ", "anger"), ("neutral", "neutral"), ("Dog", "dog")])
+@pytest.mark.parametrize(
+    "name, expected", [("Happy", "happiness"), (" ANGRY ", "anger"), ("neutral", "neutral"), ("Dog", "dog")]
+)
 def test_canonical_names(name, expected):
     assert datasets.canonical(name) == expected
 
@@ -214,7 +222,9 @@ def test_canonical_names(name, expected):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values, base", [(range(1, 8), 1), (range(7), 0), ([0, 6], 0), ([1, 7], 1), ([0, 3], 0), ([5, 7], 1)])
+@pytest.mark.parametrize(
+    "values, base", [(range(1, 8), 1), (range(7), 0), ([0, 6], 0), ([1, 7], 1), ([0, 3], 0), ([5, 7], 1)]
+)
 def test_label_base_is_found(values, base):
     assert label_base(list(values), 7, "labels.txt") == base
 
@@ -241,23 +251,26 @@ def test_raf_label_outside_names_file_and_line(label, raf):
         datasets.read_raf(raf, "train")
 
 
-@pytest.mark.parametrize("votes, winner", [
-    ([10, 0, 0, 0, 0, 0, 0, 0, 0, 0], 0),
-    ([6, 4, 0, 0, 0, 0, 0, 0, 0, 0], 0),
-    ([5, 5, 0, 0, 0, 0, 0, 0, 0, 0], -1),  # a tie
-    ([5, 1, 1, 1, 1, 1, 0, 0, 0, 0], 0),  # 5 of 5 once the counts of one are dropped
-    ([5, 2, 1, 2, 0, 0, 0, 0, 0, 0], 0),  # 5 of 9
-    ([5, 3, 0, 2, 0, 0, 0, 0, 0, 0], -1),  # 5 of 10: exactly half
-    ([4, 0, 2, 0, 2, 0, 1, 1, 0, 0], -1),  # 4 of 8
-    ([0, 0, 0, 0, 0, 0, 0, 9, 1, 0], 7),
-    ([0, 5, 0, 0, 0, 0, 0, 0, 5, 0], -1),  # unknown counts among the votes
-    ([0, 5, 0, 0, 0, 0, 0, 0, 4, 1], 1),  # 5 of 9
-    ([3, 0, 0, 0, 0, 0, 0, 0, 7, 0], -1),  # unknown wins
-    ([3, 0, 0, 0, 0, 0, 0, 0, 0, 7], -1),  # not a face wins
-    ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], -1),
-    ([1, 0, 0, 0, 0, 0, 0, 0, 0, 0], -1),
-    ([0] * 10, -1),
-])
+@pytest.mark.parametrize(
+    "votes, winner",
+    [
+        ([10, 0, 0, 0, 0, 0, 0, 0, 0, 0], 0),
+        ([6, 4, 0, 0, 0, 0, 0, 0, 0, 0], 0),
+        ([5, 5, 0, 0, 0, 0, 0, 0, 0, 0], -1),  # a tie
+        ([5, 1, 1, 1, 1, 1, 0, 0, 0, 0], 0),  # 5 of 5 once the counts of one are dropped
+        ([5, 2, 1, 2, 0, 0, 0, 0, 0, 0], 0),  # 5 of 9
+        ([5, 3, 0, 2, 0, 0, 0, 0, 0, 0], -1),  # 5 of 10: exactly half
+        ([4, 0, 2, 0, 2, 0, 1, 1, 0, 0], -1),  # 4 of 8
+        ([0, 0, 0, 0, 0, 0, 0, 9, 1, 0], 7),
+        ([0, 5, 0, 0, 0, 0, 0, 0, 5, 0], -1),  # unknown counts among the votes
+        ([0, 5, 0, 0, 0, 0, 0, 0, 4, 1], 1),  # 5 of 9
+        ([3, 0, 0, 0, 0, 0, 0, 0, 7, 0], -1),  # unknown wins
+        ([3, 0, 0, 0, 0, 0, 0, 0, 0, 7], -1),  # not a face wins
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], -1),
+        ([1, 0, 0, 0, 0, 0, 0, 0, 0, 0], -1),
+        ([0] * 10, -1),
+    ],
+)
 def test_majority_of_ferplus(votes, winner):
     before = np.array([votes])
     assert majority(before).tolist() == [winner]
@@ -311,8 +324,10 @@ def test_limit_keeps_images_and_labels_together(raf, arguments):
 
 
 def test_limit_does_not_depend_on_the_seeds(raf, arguments):
-    chosen = [load_train_index(arguments("raf", raf, "--limit", "10", "--noise", "0.5", *seed))[0].names
-              for seed in (["--seed", "1"], ["--seed", "2"], ["--noise-seed", "9"])]
+    chosen = [
+        load_train_index(arguments("raf", raf, "--limit", "10", "--noise", "0.5", *seed))[0].names
+        for seed in (["--seed", "1"], ["--seed", "2"], ["--noise-seed", "9"])
+    ]
     assert chosen[0] == chosen[1] == chosen[2]
 
 
@@ -323,7 +338,10 @@ def test_limit_is_taken_before_noise(raf, arguments):
 
 
 def test_limit_of_everything_is_everything(raf, arguments):
-    assert load_train_index(arguments("raf", raf, "--limit", str(RAF_TRAIN)))[0].names == datasets.read_raf(raf, "train").names
+    assert (
+        load_train_index(arguments("raf", raf, "--limit", str(RAF_TRAIN)))[0].names
+        == datasets.read_raf(raf, "train").names
+    )
 
 
 def test_limit_above_the_number_of_images_is_refused(raf, arguments):
@@ -338,9 +356,13 @@ def test_stratified_rounds_by_largest_remainder():
     assert chosen == sorted(set(chosen))
 
 
-@pytest.mark.parametrize("data, build, size", [
-    ("raf", build_raf, RAF_TRAIN), ("folder", lambda root: build_folder_splits(root, count=10), 30),
-])
+@pytest.mark.parametrize(
+    "data, build, size",
+    [
+        ("raf", build_raf, RAF_TRAIN),
+        ("folder", lambda root: build_folder_splits(root, count=10), 30),
+    ],
+)
 def test_valid_is_a_tenth_of_the_training_set(data, build, size, tmp_path, arguments):
     root = build(tmp_path / "data")
     whole, _ = load_data(arguments(data, root))
@@ -349,16 +371,22 @@ def test_valid_is_a_tenth_of_the_training_set(data, build, size, tmp_path, argum
     assert set(train.names).isdisjoint(valid.names)
     assert named(train) | named(valid) == named(whole)
     images = dict(zip(whole.names, whole.images))
-    assert all(torch.equal(image, images[name]) for split in (train, valid) for name, image in zip(split.names, split.images))
+    assert all(
+        torch.equal(image, images[name]) for split in (train, valid) for name, image in zip(split.names, split.images)
+    )
 
 
 def test_valid_is_stratified(tmp_path, arguments):
-    valid = read_index(arguments("folder", build_folder_splits(tmp_path / "data", count=10), "--split", "valid"), "valid")
+    valid = read_index(
+        arguments("folder", build_folder_splits(tmp_path / "data", count=10), "--split", "valid"), "valid"
+    )
     assert sorted(valid.labels) == [0, 1, 2]
 
 
 def test_valid_is_the_same_for_every_seed(raf, arguments):
-    first, second = (read_index(arguments("raf", raf, "--split", "valid", "--seed", seed), "valid").names for seed in "12")
+    first, second = (
+        read_index(arguments("raf", raf, "--split", "valid", "--seed", seed), "valid").names for seed in "12"
+    )
     assert first == second
 
 
@@ -376,7 +404,9 @@ def test_valid_of_toy_is_its_own_split(few_toys, arguments):
 
 
 def test_valid_has_no_noise(raf, arguments):
-    clean, noisy = (load_data(arguments("raf", raf, "--split", "valid", *noise))[1] for noise in ([], ["--noise", "0.9"]))
+    clean, noisy = (
+        load_data(arguments("raf", raf, "--split", "valid", *noise))[1] for noise in ([], ["--noise", "0.9"])
+    )
     assert torch.equal(clean.labels, noisy.labels) and noisy.clean is None
 
 
@@ -440,26 +470,6 @@ def test_hidden_files_are_no_images(tmp_path, arguments):
     assert load_train_index(arguments("folder", root))[0].names == wanted
 
 
-def test_a_16_bit_grey_image_keeps_its_greys(tmp_path, arguments):
-    root = build_folder(tmp_path / "data", size=(16, 16), grey=True)
-    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    for path in root.rglob("*.png"):
-        Image.fromarray(ramp).save(path)
-    images = load_data(arguments("folder", root))[0].images
-    assert images.shape[1] == 1 and images[0].flatten().tolist() == list(range(256))
-
-
-def test_an_image_that_claims_to_be_huge_is_refused(tmp_path, arguments):
-    root = build_folder(tmp_path / "data")
-    path = next(root.rglob("*.png"))
-    save(picture(1, 20, 20), path.with_suffix(".bmp"))
-    data = bytearray(path.with_suffix(".bmp").read_bytes())
-    data[18:26] = (40000).to_bytes(4, "little") * 2
-    path.with_suffix(".bmp").write_bytes(data)
-    with pytest.raises(UserError, match=str(path.with_suffix(".bmp"))):
-        load_data(arguments("folder", root))
-
-
 def test_negative_votes_are_refused(tmp_path, arguments):
     root = build_ferplus(tmp_path / "data")
     table = root / "FER2013Train" / "label.csv"
@@ -468,522 +478,6 @@ def test_negative_votes_are_refused(tmp_path, arguments):
     table.write_text("\n".join(lines))
     with pytest.raises(UserError, match=f"{table}, line 3"):
         load_data(arguments("ferplus", root))
-
-
-def test_a_damaged_cache_is_decoded_anew(raf, arguments):
-    first = load_data(arguments("raf", raf))[0].images
-    args = arguments("raf", raf)
-    for file in Path(args.cache).glob("*.npy"):
-        file.write_bytes(file.read_bytes()[:5000])
-    assert torch.equal(load_data(args)[0].images, first)
-
-
-def test_whole_names_decide_for_folders(tmp_path, arguments):
-    root = build_folder_splits(tmp_path / "data")
-    index = load_train_index(arguments("folder", root))[0]
-    file = tmp_path / "labels.csv"
-    file.write_text("name,label\n" + "".join(f"{name.replace('train/', 'test/')},sad\n" for name in index.names))
-    with pytest.raises(UserError, match="no label for"):
-        read_labels(file, index)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Decoding and its cache
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_second_load_does_not_decode(raf, arguments, monkeypatch):
-    first = load_data(arguments("raf", raf))
-    monkeypatch.setattr(datasets, "decode", fail)
-    for a, b in zip(first, load_data(arguments("raf", raf))):
-        assert torch.equal(a.images, b.images) and a.names == b.names
-
-
-def test_noise_and_relabelled_lists_do_not_rebuild(raf, arguments, monkeypatch):
-    load_data(arguments("raf", raf))
-    monkeypatch.setattr(datasets, "decode", fail)
-    noisy, _ = load_data(arguments("raf", raf, "--noise", "0.5"))
-    assert (noisy.labels != noisy.clean).sum() == 14
-    listing = raf / "EmoLabel" / "list_patition_label.txt"
-    listing.write_text(listing.read_text().replace("train_00001.jpg 2", "train_00001.jpg 7"))
-    train, _ = load_data(arguments("raf", raf))
-    assert named(train)["train_00001.jpg"] == "neutral"
-
-
-def test_a_changed_image_is_decoded_again(raf, arguments):
-    before, _ = load_data(arguments("raf", raf))
-    path = raf / "Image" / "aligned" / "train_00005_aligned.jpg"
-    save(Image.new("RGB", (100, 100)), path)
-    os.utime(path, ns=(1, 1))
-    after, _ = load_data(arguments("raf", raf))
-    changed = [name for name, a, b in zip(before.names, before.images, after.images) if not torch.equal(a, b)]
-    assert changed == ["train_00005.jpg"] and after.images[4].max() == 0
-
-
-def test_a_touched_image_alone_is_noticed(raf, arguments, monkeypatch):
-    load_data(arguments("raf", raf))
-    os.utime(raf / "Image" / "aligned" / "test_0001_aligned.jpg", ns=(1, 1))
-    monkeypatch.setattr(datasets, "decode", fail)
-    with pytest.raises(AssertionError, match="decoded"):
-        load_data(arguments("raf", raf))
-
-
-def test_changed_pixels_of_fer2013_are_decoded_again(tmp_path, arguments):
-    root = build_ferplus_csv(tmp_path / "data")
-    load_data(arguments("ferplus", root))
-    lines = (root / "fer2013.csv").read_text().splitlines()
-    lines[1] = f"0,{' '.join(['7'] * 2304)},Training"
-    (root / "fer2013.csv").write_text("\n".join(lines))
-    train, _ = load_data(arguments("ferplus", root))
-    assert train.images[0].unique().tolist() == [7]
-
-
-@pytest.mark.parametrize("damage", ["half written", "stale", "missing", "not an object", "binary"])
-def test_a_note_that_does_not_fit_is_not_used(damage, raf, arguments):
-    good, _ = load_data(arguments("raf", raf))
-    cache = raf.parent / "cache"
-    note, file = (next(cache.glob(f"raf-*-train*{suffix}")) for suffix in (".json", ".npy"))
-    text = note.read_text()
-    if damage == "missing":
-        note.unlink()
-    else:
-        damaged = {"half written": text[: len(text) // 2], "stale": json.dumps(json.loads(text) | {"inputs": "0"}), "not an object": "[]"}
-        note.write_bytes(damaged.get(damage, "\udcff").encode(errors="surrogateescape"))
-    np.save(file, np.zeros((RAF_TRAIN, 3, 100, 100), np.uint8))
-    again, _ = load_data(arguments("raf", raf))
-    assert torch.equal(again.images, good.images)
-    assert json.loads(note.read_text()) == json.loads(text)
-
-
-def test_a_note_without_images_is_not_used(raf, arguments):
-    good, _ = load_data(arguments("raf", raf))
-    next((raf.parent / "cache").glob("raf-*-train*.npy")).unlink()
-    assert torch.equal(load_data(arguments("raf", raf))[0].images, good.images)
-
-
-def test_a_failed_build_leaves_no_cache(raf, arguments):
-    (raf / "Image" / "aligned" / "train_00020_aligned.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError):
-        load_data(arguments("raf", raf))
-    cache = raf.parent / "cache"
-    assert not cache.exists() or list(cache.iterdir()) == []
-
-
-def test_a_failed_rebuild_withdraws_the_old_note(raf, arguments, monkeypatch):
-    load_data(arguments("raf", raf))
-    path = raf / "Image" / "aligned" / "train_00020_aligned.jpg"
-    good = path.read_bytes()
-    path.write_bytes(good[:-600])
-    with pytest.raises(UserError):
-        load_data(arguments("raf", raf))
-    cache = raf.parent / "cache"
-    assert not list(cache.glob("*-train*.json")) and not list(cache.glob("*.tmp*"))
-    path.write_bytes(good)
-    assert len(load_data(arguments("raf", raf))[0].images) == RAF_TRAIN
-
-
-def test_sizes_limits_and_roots_have_caches_of_their_own(raf, tmp_path, arguments, monkeypatch):
-    other = build_raf(tmp_path / "raf2")
-    combinations = [(root, *flags) for root in (raf, other) for flags in ([], ["--size", "64"], ["--limit", "14"])]
-    for root, *flags in combinations:
-        load_data(arguments("raf", root, *flags))
-    monkeypatch.setattr(datasets, "decode", fail)
-    for root, *flags in combinations:
-        load_data(arguments("raf", root, *flags))
-
-
-@pytest.mark.parametrize("limit, mode", [(0, "c"), (2**30, None)])
-def test_large_caches_are_memory_mapped(limit, mode, raf, arguments, monkeypatch):
-    expected = load_data(arguments("raf", raf))[0].images
-    modes, load = [], np.load
-    monkeypatch.setattr(datasets, "IN_MEMORY", limit)
-    monkeypatch.setattr(np, "load", lambda file, mmap_mode=None: modes.append(mmap_mode) or load(file, mmap_mode=mmap_mode))
-    images = load_data(arguments("raf", raf))[0].images
-    assert modes == [mode, mode] and torch.equal(images, expected)
-
-
-def test_writing_into_mapped_images_leaves_the_cache_alone(raf, arguments, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
-    images = load_data(arguments("raf", raf))[0].images
-    before = images.clone()
-    images.zero_()
-    assert torch.equal(load_data(arguments("raf", raf))[0].images, before)
-
-
-def test_mixed_sizes_become_size(tmp_path, arguments):
-    root = build_folder_splits(tmp_path / "data")
-    save(picture(1, 30, 30), root / "train" / "happy" / "0.png")
-    train, test = load_data(arguments("folder", root, "--size", "32"))
-    assert train.images.shape[2:] == (32, 32) and test.images.shape[2:] == (20, 20)
-
-
-@pytest.mark.parametrize("size, expected", [((20, 20), 20), ((32, 32), 32), ((40, 40), 32), ((20, 24), 32), ((60, 40), 32)])
-def test_small_squares_stay_native_and_others_become_size(size, expected, tmp_path, arguments):
-    train, _ = load_data(arguments("folder", build_folder(tmp_path / "data", size=size), "--size", "32"))
-    assert train.images.shape[2:] == (expected, expected)
-
-
-def test_resizing_does_not_crop(tmp_path, arguments):
-    root = build_folder(tmp_path / "data")
-    halves = np.zeros((40, 120, 3), np.uint8)
-    halves[:, 60:] = 255
-    for path in root.glob("*/*.png"):
-        save(Image.fromarray(halves), path)
-    image = load_data(arguments("folder", root, "--size", "32"))[0].images[0]
-    assert image[:, :, :15].max() == 0 and image[:, :, 17:].min() == 255
-
-
-def test_shrinking_averages(tmp_path, arguments):
-    root = build_folder(tmp_path / "data")
-    checks = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
-    for path in root.glob("*/*.png"):
-        save(Image.fromarray(checks), path)
-    image = load_data(arguments("folder", root, "--size", "16"))[0].images[0]
-    assert image.min() >= 125 and image.max() <= 130
-
-
-def test_grey_images_stay_one_channel(tmp_path, arguments):
-    train, test = load_data(arguments("folder", build_folder(tmp_path / "data", grey=True)))
-    assert train.images.shape == (9, 1, 20, 20) and test.images.shape == (3, 1, 20, 20)
-    expected = np.asarray(Image.open(tmp_path / "data" / train.names[0]))
-    assert np.array_equal(train.images[0, 0], expected)
-
-
-def test_grey_among_coloured_images_becomes_three_channels(tmp_path, arguments):
-    root = build_folder_splits(tmp_path / "data")
-    save(picture(5, 20, 20, grey=True), root / "train" / "happy" / "0.png")
-    train, _ = load_data(arguments("folder", root))
-    image = train.images[train.names.index("train/happy/0.png")]
-    assert image.shape == (3, 20, 20) and torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
-
-
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1"])
-def test_other_colour_modes_are_converted(mode, tmp_path):
-    save(picture(1, 20, 20).convert(mode), tmp_path / "a.png")
-    assert datasets.decode(tmp_path / "a.png", (20, 20), False).shape == (3, 20, 20)
-    assert datasets.decode(tmp_path / "a.png", (20, 20), True).shape == (1, 20, 20)
-
-
-@pytest.mark.parametrize("orientation, side", [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")])
-def test_images_are_turned_upright(orientation, side, tmp_path, arguments):
-    root = build_folder(tmp_path / "data")
-    pixels = np.zeros((24, 40, 3), np.uint8)
-    pixels[:, :20] = 255  # stored with its left half white
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for path in root.glob("*/*.png"):
-        save(Image.fromarray(pixels), path, exif=exif)
-    image = load_data(arguments("folder", root, "--size", "32"))[0].images[0].float()
-    halves = {"left": image[:, :, :16], "right": image[:, :, 16:], "top": image[:, :16], "bottom": image[:, 16:]}
-    assert max(halves, key=lambda name: halves[name].mean()) == side and halves[side].mean() > 240
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Label noise
-# ----------------------------------------------------------------------------------------------------------------------
-
-SIZES = [17, 3, 0, 40, 10, 1, 25]
-LABELS = torch.arange(7).repeat_interleave(torch.tensor(SIZES))[torch.randperm(sum(SIZES), generator=generator(5))]
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.25, 0.4, 0.5, 0.77, 0.99])
-def test_symmetric_noise_moves_the_exact_share_of_each_class(rate):
-    noisy = symmetric_noise(LABELS, rate, 7, generator())
-    moved = torch.bincount(LABELS[noisy != LABELS], minlength=7).tolist()
-    assert moved == [round(rate * n) for n in SIZES]
-    assert noisy.dtype == torch.int64 and noisy.min() >= 0 and noisy.max() < 7
-
-
-def test_symmetric_noise_of_two_classes_is_the_other_class():
-    labels = torch.tensor([0, 1] * 20)
-    noisy = symmetric_noise(labels, 0.5, 2, generator())
-    assert (noisy != labels).sum() == 20 and set(noisy.tolist()) == {0, 1}
-
-
-@pytest.mark.parametrize("own", [0, 3, 6])
-def test_symmetric_noise_is_uniform_over_the_other_classes(own):
-    noisy = symmetric_noise(torch.full((60000,), own), 0.5, 7, generator())
-    counts = torch.bincount(noisy, minlength=7)
-    others = torch.cat([counts[:own], counts[own + 1 :]]).double()
-    assert counts[own] == 30000
-    assert ((others - 5000) ** 2 / 5000).sum() < 25.7  # chi-square, 5 degrees of freedom, p = 0.0001
-
-
-def test_symmetric_noise_moves_any_member_alike():
-    moved = sum((symmetric_noise(torch.zeros(10, dtype=torch.int64), 0.3, 3, generator(seed)) != 0).double() for seed in range(1000))
-    assert (moved - 300).abs().max() < 60  # four standard deviations
-
-
-@pytest.mark.parametrize("make", [lambda g: symmetric_noise(LABELS, 0.4, 7, g), lambda g: asymmetric_noise(LABELS, 0.4, RAF_CONFUSIONS, g)])
-def test_noise_depends_on_the_seed_alone_and_leaves_its_input(make):
-    before = LABELS.clone()
-    first = make(generator(1))
-    torch.rand(5)
-    assert torch.equal(first, make(generator(1)))
-    assert not torch.equal(first, make(generator(2)))
-    assert torch.equal(LABELS, before)
-
-
-@pytest.mark.parametrize("labels, rate, classes", [
-    ([0, 1], 1.0, 2), ([0, 1], -0.1, 2), ([0, 1], float("nan"), 2), ([0, 0], 0.2, 1), ([0, 2], 0.2, 2), ([-1, 1], 0.2, 2),
-])
-def test_symmetric_noise_refuses_what_is_out_of_range(labels, rate, classes):
-    with pytest.raises(UserError):
-        symmetric_noise(torch.tensor(labels), rate, classes, generator())
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.35, 0.5, 0.99])
-def test_asymmetric_noise_moves_the_exact_share_to_the_partner(rate):
-    noisy = asymmetric_noise(LABELS, rate, RAF_CONFUSIONS, generator())
-    for c, n in enumerate(SIZES):
-        moved = noisy[(LABELS == c) & (noisy != LABELS)]
-        assert len(moved) == round(rate * n) and (moved == RAF_CONFUSIONS[c]).all()
-
-
-@pytest.mark.parametrize("labels, rate, pairs", [
-    ([0, 1], 1.0, {0: 1, 1: 0}), ([0, 1], -0.1, {0: 1, 1: 0}), ([0, 1, 2], 0.2, {0: 1, 1: 0}), ([0, 1], 0.2, {0: 1}), ([0, 1], 0.2, {}),
-    ([0, 1], 0.2, {0: 1, 1: 1}), ([-1, 0], 0.2, {0: 1, 1: 0}),
-])
-def test_asymmetric_noise_refuses_what_is_out_of_range(labels, rate, pairs):
-    with pytest.raises(UserError):
-        asymmetric_noise(torch.tensor(labels), rate, pairs, generator())
-
-
-CONFUSIONS = {
-    "surprise": "anger", "fear": "surprise", "disgust": "anger", "happiness": "neutral", "sadness": "neutral", "anger": "happiness",
-    "neutral": "sadness",
-}
-
-
-def test_raf_confusions_are_the_seven_published_pairs():
-    order = ["surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral"]
-    assert {order[a]: order[b] for a, b in RAF_CONFUSIONS.items()} == CONFUSIONS
-
-
-def test_confusion_pairs_of_raf_are_the_table():
-    assert confusion_pairs(RAF_CLASSES) == RAF_CONFUSIONS
-
-
-@pytest.mark.parametrize("classes", [FERPLUS_CLASSES, AFFECTNET_CLASSES])
-def test_confusion_pairs_go_by_name(classes):
-    pairs = {classes[a]: classes[b] for a, b in confusion_pairs(classes).items()}
-    assert pairs == CONFUSIONS | {"contempt": "neutral"}
-
-
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("happiness", "sadness"), ("neutral", "sadness", "surprise")])
-def test_confusion_pairs_refuse_classes_without_partners(classes):
-    with pytest.raises(UserError, match="no confusion partner"):
-        confusion_pairs(classes)
-
-
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
-def test_load_data_keeps_clean_labels_and_the_test_split(kind, raf, arguments):
-    own_train, own_test = load_data(arguments("raf", raf))
-    train, test = load_data(arguments("raf", raf, "--noise", "0.5", "--noise-type", kind))
-    assert torch.equal(train.clean, own_train.labels) and torch.equal(test.labels, own_test.labels)
-    assert torch.bincount(train.clean[train.labels != train.clean]).tolist() == [2] * 7
-
-
-def test_noise_seed_is_the_seed_unless_given(raf, arguments):
-    def labels(*flags):
-        return load_train_index(arguments("raf", raf, "--noise", "0.5", *flags))[1]
-
-    assert torch.equal(labels("--seed", "3"), labels("--seed", "8", "--noise-seed", "3"))
-    assert not torch.equal(labels("--seed", "3"), labels("--seed", "4"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Label files
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def index(raf):
-    return datasets.read_raf(raf, "train")
-
-
-def noisy_of(index):
-    """The labels of an index with every seventh moved on by one."""
-    return torch.tensor([(label + (i % 7 == 0)) % len(index.classes) for i, label in enumerate(index.labels)])
-
-
-def published(style, index, noisy):
-    """The text of the noisy label files that other projects have published, and of csv files."""
-    pairs = list(zip(index.names, noisy.tolist()))
-    if style == "SCN":  # path and label from 0, training images alone
-        return "".join(f"train/{name.replace('.jpg', '_aligned.jpg')} {label}\n" for name, label in pairs)
-    if style == "EAC":  # base name and label from 1, no final newline
-        return "\n".join(f"{name} {label + 1}" for name, label in pairs)
-    if style == "EAC, aligned":
-        return "\n".join(f"{name.replace('.jpg', '_aligned.jpg')} {label + 1}" for name, label in pairs)
-    if style == "EAC, no suffix":
-        return "\n".join(f"{name.removesuffix('.jpg')} {label + 1}" for name, label in pairs)
-    if style == "noisyFER":  # all rows, those of the test images too
-        return "".join(f"{name} {label + 1}\n" for name, label in pairs) + "".join(f"{n} {label}\n" for n, label in raf_rows("test"))
-    if style == "csv, integers":
-        return "image,label\n" + "".join(f"{name},{label + 1}\n" for name, label in pairs)
-    if style == "csv, Windows":
-        return "\ufeffname,label\r\n" + "".join(f"train\\{name},{RAF_CLASSES[label].title()}\r\n" for name, label in pairs)
-    if style == "names, no header":
-        return "".join(f"{name} {RAF_CLASSES[label]}\n" for name, label in pairs)
-    if style == "tabs":
-        return "".join(f"{name}\t{label}\n" for name, label in pairs)
-    return "name,label\n" + "".join(f"{name},{RAF_CLASSES[label]}\n" for name, label in pairs)
-
-
-STYLES = [
-    "SCN", "EAC", "EAC, aligned", "EAC, no suffix", "noisyFER", "csv, names", "csv, integers", "csv, Windows", "names, no header", "tabs",
-]
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_label_files_that_people_have_are_read(style, index, tmp_path):
-    noisy = noisy_of(index)
-    file = tmp_path / "labels.txt"
-    file.write_bytes(published(style, index, noisy).encode())
-    labels = read_labels(file, index)
-    assert labels.dtype == torch.int64 and torch.equal(labels, noisy)
-
-
-@pytest.mark.parametrize("layout", ["kaggle", "kaggle folders"])
-@pytest.mark.parametrize("style", ["SCN", "EAC", "noisyFER", "csv, names"])
-def test_label_files_fit_the_kaggle_layout_too(style, layout, index, tmp_path):
-    noisy = noisy_of(index)
-    file = tmp_path / "labels.txt"
-    file.write_text(published(style, index, noisy))
-    other = datasets.read_raf(BUILDERS[layout](tmp_path / "kaggle"), "train")
-    read = dict(zip(map(datasets.name_key, other.names), read_labels(file, other).tolist()))
-    assert read == dict(zip(map(datasets.name_key, index.names), noisy.tolist()))
-
-
-def test_the_order_of_a_label_file_does_not_matter(index, tmp_path):
-    noisy = noisy_of(index)
-    lines = published("EAC", index, noisy).splitlines()
-    (tmp_path / "labels.txt").write_text("\n".join(reversed(lines)))
-    assert torch.equal(read_labels(tmp_path / "labels.txt", index), noisy)
-
-
-def test_load_data_takes_labels_from_a_file(raf, index, tmp_path, arguments):
-    (tmp_path / "labels.txt").write_text(published("EAC", index, noisy_of(index)))
-    train, _ = load_data(arguments("raf", raf, "--labels", str(tmp_path / "labels.txt")))
-    assert torch.equal(train.labels, noisy_of(index)) and train.clean.tolist() == index.labels
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_labels_in_the_order_of_affectnet_are_refused(first, index, tmp_path):
-    file = tmp_path / "affectnet.txt"
-    noisy = [AFFECTNET_CLASSES.index(RAF_CLASSES[label]) for label in noisy_of(index).tolist()]
-    file.write_text("".join(f"{name} {label + first}\n" for name, label in zip(index.names, noisy)))
-    with pytest.raises(UserError, match="affectnet.txt.*AffectNet"):
-        read_labels(file, index)
-
-
-@pytest.mark.parametrize("style", ["csv", "list"])
-@pytest.mark.parametrize("build, data", [(build_raf, "raf"), (build_ferplus, "ferplus"), (build_folder, "folder")])
-def test_written_labels_are_read_back(build, data, style, tmp_path, arguments):
-    index = read_index(arguments(data, build(tmp_path / "data")), "train")
-    noisy = noisy_of(index)
-    write_labels(tmp_path / "labels", index.names, noisy, index.classes, style)
-    assert torch.equal(read_labels(tmp_path / "labels", index), noisy)
-    assert not list(tmp_path.glob("labels.tmp*"))
-
-
-def test_written_csv_has_names_of_classes(tmp_path):
-    write_labels(tmp_path / "labels.csv", ["a.jpg", "b, c.jpg"], torch.tensor([1, 0]), ("anger", "fear"))
-    with open(tmp_path / "labels.csv", newline="") as file:
-        assert list(csv.reader(file)) == [["name", "label"], ["a.jpg", "fear"], ["b, c.jpg", "anger"]]
-
-
-def test_written_list_counts_from_one(tmp_path):
-    write_labels(tmp_path / "labels.txt", ["a.jpg", "b.jpg"], torch.tensor([1, 0]), ("anger", "fear"), "list")
-    assert (tmp_path / "labels.txt").read_text() == "a.jpg 2\nb.jpg 1\n"
-
-
-@pytest.mark.parametrize("style", ["csv", "list"])
-@pytest.mark.parametrize("names", [["a b.jpg", "c  d.jpg"], ["a,b.jpg", "c,d.jpg"], ["é.jpg", "图.jpg"]])
-def test_odd_names_are_read_back(names, style, tmp_path):
-    index, noisy = Index(names, [0, 1], ("anger", "fear")), torch.tensor([1, 0])
-    write_labels(tmp_path / "labels", names, noisy, index.classes, style)
-    assert torch.equal(read_labels(tmp_path / "labels", index), noisy)
-
-
-@pytest.mark.parametrize("style", ["csv", "list"])
-def test_classes_that_are_numbers_are_read_back(style, tmp_path):
-    classes = tuple(sorted(map(str, range(1, 11))))  # 1, 10, 2, 3 ...: a folder's order
-    index = Index([f"{i}.jpg" for i in range(10)], list(range(10)), classes)
-    noisy = torch.arange(10).roll(1)
-    write_labels(tmp_path / "labels", index.names, noisy, classes, style)
-    assert torch.equal(read_labels(tmp_path / "labels", index), noisy)
-
-
-def test_equal_base_names_in_two_class_folders_are_told_apart(tmp_path, arguments):
-    root = build_folder_splits(tmp_path / "data")
-    index = read_index(arguments("folder", root), "train")
-    assert len({datasets.name_key(name) for name in index.names}) < len(index.names)
-    file = tmp_path / "labels.csv"
-    file.write_text("name,label\n" + "".join(f"{name},{'sad' if 'happy' in name else 'happy'}\n" for name in index.names))
-    labels = read_labels(file, index).tolist()
-    given = {(name.split("/")[1], index.classes[label]) for name, label in zip(index.names, labels)}
-    assert given == {("happy", "sadness"), ("sad", "happiness"), ("angry", "happiness")}
-
-
-def test_base_names_do_not_suffice_where_they_repeat(tmp_path, arguments):
-    index = read_index(arguments("folder", build_folder_splits(tmp_path / "data")), "train")
-    file = tmp_path / "labels.csv"
-    file.write_text("name,label\n" + "".join(f"{i}.png,happy\n" for i in range(4)))
-    with pytest.raises(UserError, match="no label for 12 of 12"):
-        read_labels(file, index)
-
-
-@pytest.mark.parametrize("line, match", [
-    ("train_00003.jpg", "line 3.*train_00003.jpg"),
-    ("train_00003.jpg,1,2", "line 3"),
-    (",4", "line 3"),
-    ("train_00003.jpg four", "line 3.*four"),
-    ("train_00003.jpg 8", "line 3.*8"),
-    ("train_00003.jpg -1", "line 3.*-1"),
-    ("train_00001.jpg 5", "line 3.*train_00001.jpg"),  # is 2 in line 1
-])
-def test_a_line_of_a_label_file_that_is_wrong_is_named(line, match, index, tmp_path):
-    file = tmp_path / "bad.txt"
-    lines = [f"{name} {label + 1}" for name, label in zip(index.names, index.labels)]
-    lines.insert(2, line)
-    file.write_text("\n".join(lines))
-    with pytest.raises(UserError, match=f"bad.txt, {match}"):
-        read_labels(file, index)
-
-
-def test_a_class_name_that_is_none_is_named_with_its_line(index, tmp_path):
-    (tmp_path / "bad.csv").write_text("name,label\ntrain_00001.jpg,fear\ntrain_00002.jpg,bliss\n")
-    with pytest.raises(UserError, match="bad.csv, line 3.*bliss"):
-        read_labels(tmp_path / "bad.csv", index)
-
-
-def test_the_same_label_twice_is_no_contradiction(index, tmp_path):
-    text = published("csv, names", index, noisy_of(index))
-    (tmp_path / "labels.csv").write_text(text + text.splitlines()[1] + "\n")
-    assert torch.equal(read_labels(tmp_path / "labels.csv", index), noisy_of(index))
-
-
-def test_images_without_a_label_are_counted_and_the_first_named(index, tmp_path):
-    lines = published("csv, names", index, noisy_of(index)).splitlines()
-    (tmp_path / "part.csv").write_text("\n".join(lines[:4] + lines[6:]))
-    with pytest.raises(UserError, match="part.csv: no label for 2 of 28.*train_00004.jpg"):
-        read_labels(tmp_path / "part.csv", index)
-
-
-def test_ambiguous_label_files_are_refused(index, tmp_path):
-    (tmp_path / "labels.txt").write_text("".join(f"{name} 3\n" for name in index.names))
-    with pytest.raises(UserError, match="labels.txt.*0 or from 1"):
-        read_labels(tmp_path / "labels.txt", index)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"name,label\n", b"\xff\xd8\xff\xe0 a.jpg 1\n"])
-def test_missing_empty_and_binary_label_files_are_refused(content, index, tmp_path):
-    if content is not None:
-        (tmp_path / "labels.csv").write_bytes(content)
-    with pytest.raises(UserError, match="labels.csv"):
-        read_labels(tmp_path / "labels.csv", index)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1008,54 +502,20 @@ def test_a_missing_root_points_to_the_toy(data, tmp_path, arguments):
         load_data(arguments(data, tmp_path / "nowhere"))
 
 
-def training_image(root):
-    """A training image of a layout: "rain" is in train and in FER2013Train."""
-    return next(path for path in sorted(root.rglob("*")) if path.suffix in (".jpg", ".png") and "rain" in str(path.relative_to(root)))
-
-
-@pytest.mark.parametrize("layout, data", [("raf", "raf"), ("kaggle", "raf"), ("ferplus", "ferplus")])
-def test_a_missing_image_is_named(layout, data, tmp_path, arguments):
-    root = BUILDERS[layout](tmp_path / "data")
-    path = training_image(root)
-    path.unlink()
-    with pytest.raises(UserError) as error:
-        load_data(arguments(data, root))
-    assert str(path) in str(error.value) and "missing" in str(error.value)
-
-
-@pytest.mark.parametrize("layout, data", [
-    ("raf", "raf"), ("kaggle", "raf"), ("kaggle folders", "raf"), ("ferplus", "ferplus"), ("folder splits", "folder"),
-])
-@pytest.mark.parametrize("damage", ["half", "text", "empty"])
-def test_a_damaged_image_is_named(damage, layout, data, tmp_path, arguments):
-    root = BUILDERS[layout](tmp_path / "data")
-    path = training_image(root)
-    content = path.read_bytes()
-    path.write_bytes({"half": content[: len(content) // 2], "text": b"<html>404</html>", "empty": b""}[damage])
-    with pytest.raises(UserError) as error:
-        load_data(arguments(data, root))
-    assert str(path) in str(error.value)
-
-
-def test_a_jpeg_cut_in_half_is_truncated(tmp_path):
-    path = tmp_path / "a.jpg"
-    save(picture(0, 100, 100), path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match="a.jpg.*truncated"):
-        datasets.decode(path, (100, 100), False)
-
-
-@pytest.mark.parametrize("line, what", [
-    ("fer9.png,\"(0, 0, 48, 48)\",1,2,3", "5 fields, expected 12"),
-    ("fer9.png,0,0,48,48,1,2,3,4,5,6,7,8,9,10", "15 fields, expected 12"),
-    ("fer9.png,\"(0, 0, 48, 48)\",1,2,3,4,5,6,7,8,9,ten", "'ten'"),
-])
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ('fer9.png,"(0, 0, 48, 48)",1,2,3', "5 fields, expected 12"),
+        ("fer9.png,0,0,48,48,1,2,3,4,5,6,7,8,9,10", "15 fields, expected 12"),
+        ('fer9.png,"(0, 0, 48, 48)",1,2,3,4,5,6,7,8,9,ten', "'ten'"),
+    ],
+)
 def test_a_malformed_line_of_label_csv_is_named(line, what, tmp_path):
     root = build_ferplus(tmp_path)
     table = root / "FER2013Train" / "label.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join(lines[:4] + [line] + lines[4:]))
-    with pytest.raises(UserError, match=f"label.csv, line 5: {what}"):
+    with pytest.raises(UserError, match=f"label.csv, line 5: .*{what}"):
         datasets.read_ferplus(root, "train")
 
 
@@ -1065,13 +525,22 @@ def test_ferplus_folder_without_label_csv_is_named(tmp_path):
         datasets.read_ferplus(tmp_path, "train")
 
 
-@pytest.mark.parametrize("pixels", ["1 2 3", " ".join(["256"] * 2304), " ".join(["x"] * 2304)])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        "1 2 3",
+        " ".join(["256"] * 2304),
+        " ".join(["x"] * 2304),
+        " ".join(["-1"] * 2304),
+        " ".join(["1"] * 2303 + ["1_0"]),
+    ],
+)
 def test_pixels_that_are_no_image_are_named_with_their_line(pixels, tmp_path, arguments):
     root = build_ferplus_csv(tmp_path / "data")
     lines = (root / "fer2013.csv").read_text().splitlines()
     lines[2] = f"0,{pixels},Training"
     (root / "fer2013.csv").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="fer2013.csv, line 3: is not 48 x 48 grey values"):
+    with pytest.raises(UserError, match="fer2013.csv, line 3: could not be read as an image"):
         load_data(arguments("ferplus", root))
 
 
@@ -1155,14 +624,11 @@ def test_cifar10_images_are_those_of_the_batches(tmp_path, arguments):
     assert torch.equal(train.images[23], torch.from_numpy(batch[3].reshape(3, 32, 32))) and train.labels[23] == 3
 
 
-@pytest.mark.parametrize("file, words", [("data_batch_3", "missing"), ("batches.meta", "missing"), ("test_batch", "missing")])
-def test_cifar10_without_a_file_is_refused(file, words, tmp_path, arguments):
+@pytest.mark.parametrize("file", ["data_batch_3", "batches.meta", "test_batch"])
+def test_cifar10_without_a_file_is_refused(file, tmp_path, arguments):
     root = build_cifar10(tmp_path / "data")
     (root / "cifar-10-batches-py" / file).unlink()
-    with pytest.raises(UserError, match=words):
-        load_data(arguments("cifar10", root))
-    (root / "cifar-10-batches-py" / file).write_bytes(b"not a pickle")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=f"{root}, where cifar-10-batches-py/{file} is missing.*www.cs.toronto.edu"):
         load_data(arguments("cifar10", root))
 
 
@@ -1197,8 +663,8 @@ def test_affectnet_without_contempt_and_its_automatic_part(tmp_path, arguments):
     assert (len(train.labels), len(test.labels)) == (21, 7) and "contempt" not in train.classes and len(train.va) == 21
     automatic, test = load_data(arguments("affectnet-auto", root))
     assert automatic.names[0] == "0/200.jpg" and test.names[0] == "0/100.jpg"
-    assert arguments("affectnet-auto", root).oversample and not arguments("affectnet-auto", root, "--no-oversample").oversample
-    assert not arguments("raf").oversample
+    assert arguments("affectnet-auto", root).oversample and not arguments("raf").oversample
+    assert not arguments("affectnet-auto", root, "--no-oversample").oversample
 
 
 def test_a_face_box_is_cut_at_the_image_and_must_meet_it(tmp_path, arguments):
@@ -1211,9 +677,22 @@ def test_a_face_box_is_cut_at_the_image_and_must_meet_it(tmp_path, arguments):
         load_data(arguments("affectnet", root))
 
 
-@pytest.mark.parametrize("old, new, words", [
-    (",0,-0.9,0.9", ",11,-0.9,0.9", "line 2: expression 11"), ("0/0.jpg,10", "0/0.jpg,ten", "line 2: face box"), (",0,-0.9,0.9", ",0,-0.9", "line 2: 8 fields"),
-])
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        (",0,-0.9,0.9", ",11,-0.9,0.9", "line 2: .*expression 11"),
+        (",0,-0.9,0.9", ",0.5,-0.9,0.9", "line 2: .*expression 0.5"),
+        (",0,-0.9,0.9", ",-1,-0.9,0.9", "line 2: .*expression -1"),
+        ("0/0.jpg,10", "0/0.jpg,ten", "line 2: .*'ten'"),
+        ("0/0.jpg,10", "0/0.jpg,1_0", "line 2: .*'1_0'"),
+        ("0/0.jpg,10", "0/0.jpg,1e999", "line 2: .*range"),
+        (",0,-0.9,0.9", ",0,-0.9,nan", "line 2: .*'nan'"),
+        (",0,-0.9,0.9", ",0,-0.9", "line 2: 8 fields"),
+        ("expression", "Expression", "line 1: the columns"),
+        ("face_x,", "", "line 1: the columns are not"),
+        ("1/1.jpg,10", "0/0.jpg,10", "line 3: 0/0.jpg stands in line 2 too, with other values"),
+    ],
+)
 def test_a_bad_line_of_affectnet_is_refused(old, new, words, tmp_path, arguments):
     root = build_affectnet(tmp_path / "data")
     (root / "training.csv").write_text((root / "training.csv").read_text().replace(old, new, 1))
@@ -1232,5 +711,360 @@ def test_affectnet_says_what_is_missing(tmp_path, arguments):
         load_data(arguments("affectnet", root))
     other = build_affectnet(tmp_path / "csv")
     (other / "Manually_Annotated_Images" / "0" / "0.jpg").unlink()
-    with pytest.raises(UserError, match="0/0.jpg: the image is missing"):
+    with pytest.raises(UserError, match="0/0.jpg: the file is missing"):
         load_data(arguments("affectnet", other))
+
+
+def test_affectnet_columns_may_stand_in_another_order(tmp_path, arguments):
+    wanted = load_train_index(arguments("affectnet", build_affectnet(tmp_path / "a")))[0]
+    root = build_affectnet(tmp_path / "b")
+    with open(root / "training.csv", newline="") as file:
+        rows = [row[::-1] for row in csv.reader(file)]
+    with open(root / "training.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    index = load_train_index(arguments("affectnet", root))[0]
+    assert index.names == wanted.names and index.labels == wanted.labels and np.array_equal(index.va, wanted.va)
+    assert [source.box for source in index.sources] == [source.box for source in wanted.sources]
+
+
+def test_a_line_of_affectnet_that_is_repeated_counts_once(tmp_path, arguments, capsys):
+    root = build_affectnet(tmp_path / "data")
+    lines = (root / "training.csv").read_text().splitlines()
+    (root / "training.csv").write_text("\n".join([*lines, lines[3], lines[4]]) + "\n")
+    assert len(load_train_index(arguments("affectnet", root))[0].names) == 24
+    assert "training.csv: lines left out that repeat an earlier one: 2" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lists that are odd: FERPlus
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(path, change):
+    """change(rows of a csv file) -> the rows that it has from now on."""
+    with open(path, newline="") as file:
+        rows = change(list(csv.reader(file)))
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda row: [row[0], *row[2:], row[1]], "line 1: '8', where the box"),  # reordered
+        (lambda row: [row[0], "0", *row[2:]], "line 1: '0', where the box"),
+        (lambda row: [row[0], "(0, 0, 24, 48)", *row[2:]], "line 1: .*24.*where the box"),
+        (lambda row: [row[1], row[0], *row[2:]], "line 1: 'fer0000000.png', where the box"),
+        (lambda row: row[:1] + row[2:] + ["0"], "line 1: '8', where the box"),  # shifted
+        (lambda row: [*row[:2], "4", *row[2:11]], "line 1: .*add up to 14"),  # shifted by a column of labels
+        (lambda row: [*row[:2], *row[3:], "0"], "line 1: .*add up to 2"),
+        (lambda row: [*row[:2], "0_8", *row[3:]], "line 1: .*'0_8'"),
+        (lambda row: [*row[:2], "-1", "11", *row[4:]], "line 1: .*negative"),
+        (lambda row: [*row[:2], "8.0", *row[3:]], "line 1: .*'8.0'"),
+    ],
+)
+def test_columns_of_label_csv_that_are_not_what_they_should_be_are_refused(change, words, tmp_path):
+    table = build_ferplus(tmp_path) / "FER2013Train" / "label.csv"
+    rewrite(table, lambda rows: [change(row) for row in rows])
+    with pytest.raises(UserError, match=f"{table}, {words}"):
+        datasets.read_ferplus(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "votes, good",
+    [([9] + [0] * 9, True), ([10] + [0] * 9, True), ([8] + [0] * 9, False), ([11] + [0] * 9, False), ([0] * 10, False)],
+)
+def test_votes_are_those_of_ten_people_or_nine(votes, good, tmp_path):
+    table = build_ferplus(tmp_path) / "FER2013Train" / "label.csv"
+    rewrite(table, lambda rows: [[*rows[0][:2], *votes], *rows[1:]])
+    if good:
+        assert datasets.read_ferplus(tmp_path, "train").labels[0] == 0
+    else:
+        with pytest.raises(UserError, match="line 1: .*add up to"):
+            datasets.read_ferplus(tmp_path, "train")
+
+
+def test_a_row_of_label_csv_with_other_votes_for_an_image_is_refused(tmp_path):
+    table = build_ferplus(tmp_path) / "FER2013Train" / "label.csv"
+    rewrite(table, lambda rows: [*rows, [*rows[2][:2], *rows[3][2:]]])
+    with pytest.raises(UserError, match="line 28: fer0000003.png stands in line 3 too, with other values"):
+        datasets.read_ferplus(tmp_path, "train")
+
+
+def test_a_repeated_row_of_label_csv_counts_once(tmp_path, capsys):
+    table = build_ferplus(tmp_path) / "FER2013Train" / "label.csv"
+    rewrite(table, lambda rows: [*rows, rows[2]])
+    assert len(datasets.read_ferplus(tmp_path, "train").names) == 24
+    assert f"{table}: lines left out that repeat an earlier one: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("fer2013new.csv", lambda rows: rows[1:]),
+        ("fer2013.csv", lambda rows: rows[1:]),
+        ("fer2013new.csv", lambda rows: [[*row[:2], *row[3:], row[2]] for row in rows]),
+        ("fer2013new.csv", lambda rows: [[row[1], row[0], *row[2:]] for row in rows]),
+        ("fer2013.csv", lambda rows: [[row[2], row[1], row[0]] for row in rows]),
+        ("fer2013new.csv", lambda rows: []),
+        ("fer2013.csv", lambda rows: []),
+    ],
+)
+def test_tables_of_ferplus_with_another_first_line_are_refused(file, change, tmp_path):
+    rewrite(build_ferplus_csv(tmp_path) / file, change)
+    with pytest.raises(
+        UserError, match=f"{file}: the first line is not (Usage,Image name,neutral|emotion,pixels,Usage)"
+    ):
+        datasets.read_ferplus(tmp_path, "train")
+
+
+@pytest.mark.parametrize("file", ["fer2013new.csv", "fer2013.csv"])
+def test_tables_of_ferplus_of_two_lengths_are_refused(file, tmp_path):
+    rewrite(build_ferplus_csv(tmp_path) / file, lambda rows: rows[:-1])
+    with pytest.raises(UserError, match=f"/{file}: ends before the other file; they must be in step"):
+        datasets.read_ferplus(tmp_path, "train")
+
+
+def test_a_row_for_another_in_fer2013new_is_refused(tmp_path):
+    """One row twice, the next one gone: the number of rows is right, the votes are not in step."""
+    rewrite(build_ferplus_csv(tmp_path) / "fer2013new.csv", lambda rows: [*rows[:6], rows[5], *rows[7:]])
+    with pytest.raises(UserError, match="line 7: fer0000004.png stands in line 6 too"):
+        datasets.read_ferplus(tmp_path, "train")
+
+
+def test_rows_of_fer2013new_without_a_name_are_passed_over_in_step(tmp_path, arguments):
+    """The votes of a row without a name may be anything: it has none."""
+    root = build_ferplus_csv(tmp_path / "data")
+    wanted = load_data(arguments("ferplus", root))[0]
+    rewrite(root / "fer2013new.csv", lambda rows: [row if row[1] else [row[0], "", *[""] * 10] for row in rows])
+    train = load_data(arguments("ferplus", root))[0]
+    assert train.names == wanted.names and torch.equal(train.images, wanted.images)
+
+
+def test_the_names_that_fer2013new_gives_twice_are_told_apart(tmp_path, arguments):
+    root = build_ferplus_csv(tmp_path / "data")
+    name = datasets.FERPLUS_TWICE[0]
+    rewrite(
+        root / "fer2013new.csv",
+        lambda rows: [*rows[:5], [rows[5][0], name, *rows[5][2:]], [rows[6][0], name, *rows[6][2:]], *rows[7:]],
+    )
+    index = read_index(arguments("ferplus", root), "train")
+    twice = [i for i, found in enumerate(index.names) if "6953" in found]
+    assert [index.names[i] for i in twice] == [name, "fer0006953-line7.png"]
+    assert [index.labels[i] for i in twice] == [3, 4] and len(set(index.names)) == 24
+    write_labels(tmp_path / "labels.csv", index.names, torch.tensor(index.labels), index.classes)
+    assert read_labels(tmp_path / "labels.csv", index).tolist() == index.labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lists that are odd: RAF-DB
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_raf_name_of_neither_split_is_refused(raf):
+    with open(raf / "EmoLabel" / "list_patition_label.txt", "a") as file:
+        file.write("valid_0001.jpg 3\n")
+    for split in ("train", "test"):
+        with pytest.raises(
+            UserError, match="list_patition_label.txt, line 43: valid_0001.jpg does not begin with train or"
+        ):
+            datasets.read_raf(raf, split)
+
+
+def test_a_raf_name_in_the_list_of_the_other_split_is_refused(tmp_path):
+    root = build_raf(tmp_path / "data", separate=True)
+    with open(root / "EmoLabel" / "train_label.txt", "a") as file:
+        file.write("test_0001.jpg 2\n")
+    with pytest.raises(UserError, match="train_label.txt, line 29: test_0001.jpg does not begin with train"):
+        datasets.read_raf(root, "train")
+    assert len(datasets.read_raf(root, "test").names) == RAF_TEST
+
+
+@pytest.mark.parametrize("name", ["train_00002.jpg", "train_00002_aligned.jpg"])
+@pytest.mark.parametrize("label", [3, 4])
+def test_raf_images_with_two_lines(label, name, raf, capsys):
+    with open(raf / "EmoLabel" / "list_patition_label.txt", "a") as file:
+        file.write(f"{name} {label}\n")
+    if label == 3:
+        assert datasets.read_raf(raf, "train").names == [name for name, _ in raf_rows("train")]
+        assert "list_patition_label.txt: lines left out that repeat an earlier one: 1" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=f"line 43: {name} stands in line 2 too, with other values"):
+            datasets.read_raf(raf, "train")
+
+
+def test_kaggle_images_with_two_lines(tmp_path):
+    root = build_raf_kaggle(tmp_path / "data")
+    table = root / "train_labels.csv"
+    text = table.read_text()
+    table.write_text(text + text.splitlines()[1] + "\n")
+    assert len(datasets.read_raf(root, "train").names) == RAF_TRAIN
+    table.write_text(text + text.splitlines()[1][:-1] + "7\n")
+    with pytest.raises(UserError, match="train_labels.csv, line 30: train_00001_aligned.jpg stands in line 2 too"):
+        datasets.read_raf(root, "train")
+
+
+def test_a_kaggle_image_in_two_folders_is_refused(tmp_path):
+    root = build_raf_kaggle(tmp_path / "data", tables=False)
+    folder = root / "DATASET" / "train"
+    shutil.copy(folder / "2" / "train_00001_aligned.jpg", folder / "5" / "train_00001.jpg")
+    with pytest.raises(UserError, match="5/train_00001.jpg is there as .*2/train_00001_aligned.jpg too"):
+        datasets.read_raf(root, "train")
+
+
+@pytest.mark.parametrize(
+    "line", ["train_00003.jpg 0_4", "train_00003.jpg ٤", "train_00003.jpg 4.0", "train_00003.jpg 1e0"]
+)
+def test_numbers_in_odd_spellings_are_refused(line, raf):
+    listing = raf / "EmoLabel" / "list_patition_label.txt"
+    lines = listing.read_text().splitlines()
+    listing.write_text("\n".join([*lines[:2], line, *lines[3:]]))
+    with pytest.raises(UserError, match="list_patition_label.txt, line 3"):
+        datasets.read_raf(raf, "train")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders that are odd
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Test"),
+        ("TRAIN", "TEST"),
+        ("training", "validation"),
+        ("training", "testing"),
+        ("Training", "Validation"),
+        ("valid", "test"),
+        ("val", "test"),
+        ("dev", "eval"),
+    ],
+)
+def test_splits_are_not_learned_as_classes(names, tmp_path, arguments):
+    for name in names:
+        build_folder(tmp_path / "data" / name)
+    with pytest.raises(UserError, match=f"{tmp_path}/data/({'|'.join(names)}): a split where classes are expected"):
+        load_data(arguments("folder", tmp_path / "data"))
+
+
+def test_splits_below_a_class_folder_are_refused(tmp_path, arguments):
+    build_folder_splits(tmp_path / "data" / "images")
+    build_folder(tmp_path / "data", ("notes",))
+    with pytest.raises(UserError, match="data/images/test: a split"):
+        load_data(arguments("folder", tmp_path / "data"))
+
+
+def test_train_and_test_may_not_be_one_folder(tmp_path, arguments):
+    build_folder(tmp_path / "data" / "train")
+    (tmp_path / "data" / "test").symlink_to("train")
+    with pytest.raises(UserError, match="data/train and .*data/test are one folder"):
+        load_data(arguments("folder", tmp_path / "data"))
+
+
+def test_links_to_folders_are_followed(tmp_path, arguments):
+    wanted = load_train_index(arguments("folder", build_folder_splits(tmp_path / "data")))[0]
+    root = build_folder_splits(tmp_path / "linked")
+    (root / "train" / "sad").rename(tmp_path / "elsewhere")
+    (root / "train" / "sad").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "happy").rename(tmp_path / "deeper")
+    (root / "train" / "happy").mkdir()
+    (root / "train" / "happy" / "part").symlink_to(tmp_path / "deeper")
+    index = load_train_index(arguments("folder", root))[0]
+    assert [name.replace("part/", "") for name in index.names] == wanted.names and index.labels == wanted.labels
+
+
+@pytest.mark.parametrize(
+    "link, target", [("train/joyful", "happy"), ("train/happy/again", "."), ("train/sad/in", "../happy")]
+)
+def test_a_folder_that_is_met_twice_is_refused(link, target, tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    (root / link).symlink_to(target)
+    with pytest.raises(UserError, match="the same folder as"):
+        load_data(arguments("folder", root))
+
+
+@pytest.mark.parametrize(
+    "link, target", [("train/fear", "nowhere"), ("train/happy/4.png", "../gone.png"), ("train/fear", "fear")]
+)
+def test_links_that_lead_nowhere_are_refused(link, target, tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    (root / link).symlink_to(target)
+    with pytest.raises(UserError, match=f"{root / link}: a link that leads nowhere"):
+        load_data(arguments("folder", root))
+
+
+@pytest.mark.parametrize("place", ["train", "train/sad", "train/sad/below"])
+def test_a_folder_that_cannot_be_listed_is_named(place, tmp_path, arguments, monkeypatch):
+    root, scandir = build_folder_splits(tmp_path / "data"), os.scandir
+    (root / "train" / "sad" / "below").mkdir()
+
+    def refuse(path):
+        if Path(path) == root / place:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"{root / place}: the folder cannot be listed .Permission denied"):
+        load_data(arguments("folder", root))
+
+
+def test_a_class_without_images_is_refused(tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    (root / "train" / "cache").mkdir()
+    (root / "train" / "cache" / "a.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="train/cache has no images .*it is no class"):
+        load_data(arguments("folder", root))
+
+
+def test_a_class_without_test_images_is_taken(tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    shutil.rmtree(root / "test" / "sad")
+    (root / "test" / "sad").mkdir()
+    assert 2 not in load_data(arguments("folder", root))[1].labels
+
+
+def test_images_that_are_not_read_are_counted(tmp_path, arguments, capsys):
+    root = build_folder_splits(tmp_path / "data")
+    for name in ("a.gif", "b.GIF", "c.heic", "d.txt", ".e.gif"):
+        (root / "train" / "sad" / name).write_bytes(b"")
+    assert len(load_train_index(arguments("folder", root))[0].names) == 12
+    assert (
+        f"{root / 'train'}: images that are not read, for their formats: 2 .gif, 1 .heic\n" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", [b"a\nb.png", b"\xff.png", b"\x1b[31m.png", "\u2028.png".encode()])
+def test_images_whose_names_no_list_can_hold_are_refused(name, tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    shutil.copy(root / "train" / "sad" / "0.png", os.path.join(os.fsencode(root), b"train/sad", name))
+    with pytest.raises(UserError, match="holds a control character or is not UTF-8") as error:
+        load_data(arguments("folder", root))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", [b"fear\n", b"f\xe9ar", b"\tfear"])
+def test_classes_whose_names_no_list_can_hold_are_refused(name, tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    shutil.copytree(
+        root / "train" / "sad", os.path.join(os.fsencode(root), b"train", name).decode(errors="surrogateescape")
+    )
+    with pytest.raises(UserError, match="holds a control character or is not UTF-8") as error:
+        load_data(arguments("folder", root))
+    assert str(error.value).isprintable()
+
+
+def test_names_of_cifar10_classes_are_checked(tmp_path, arguments):
+    root = build_cifar10(tmp_path / "data")
+    names = [f"class {c}" for c in range(9)] + ["a\nb"]
+    (root / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    with pytest.raises(UserError, match="holds a control character"):
+        load_data(arguments("cifar10", root))
+
+
+def test_a_name_with_a_line_end_in_a_quoted_field_is_refused(tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    rewrite(root / "training.csv", lambda rows: [rows[0], ["0/\n0.jpg", *rows[1][1:]], *rows[2:]])
+    with pytest.raises(UserError) as error:
+        load_data(arguments("affectnet", root))
+    assert str(error.value).isprintable()

@@ -1,16 +1,25 @@
+"""Noisy label files and machine labels: what is written is what the scripts train on."""
+
 import argparse
+import importlib
 import json
+from pathlib import Path
+
+from support import toyfaces
+from support.datasets import RAF_CLASSES, RAF_CONFUSIONS, decode_all, load_data, load_train_index, read_va
+from support.inference import load_model
 
 import numpy as np
 import pytest
 import torch
-import toyfaces
 from conftest import RAF_TRAIN, build_ferplus, build_folder_splits, build_raf
-from datasets import RAF_CLASSES, RAF_CONFUSIONS, load_data, load_train_index
 
 import cocuring
-import common
 import inject_noise
+import scn
+
+ROOT = Path(inject_noise.__file__).parent
+METHODS = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef restore(" in path.read_text())
 
 
 @pytest.fixture
@@ -68,8 +77,10 @@ def test_other_data_sets_come_back_too(data, build, flags, write, tmp_path, argu
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_the_json_says_what_was_done(kind, write, raf, arguments):
     _, record = write("--noise", "0.5", "--noise-type", kind, "--noise-seed", "3")
-    _, noisy, clean = load_train_index(arguments("raf", raf, "--noise", "0.5", "--noise-type", kind, "--noise-seed", "3"))
-    assert (record["data"], record["rate"], record["type"], record["seed"], record["limit"]) == ("raf", 0.5, kind, 3, None)
+    flags = ["--noise", "0.5", "--noise-type", kind, "--noise-seed", "3"]
+    _, noisy, clean = load_train_index(arguments("raf", raf, *flags))
+    wanted = {"data": "raf", "rate": 0.5, "type": kind, "seed": 3, "limit": None}
+    assert {key: record[key] for key in wanted} == wanted
     assert record["images"] == RAF_TRAIN and record["changed"] == (noisy != clean).sum() == 14
     assert record["columns"] == [entry["class"] for entry in record["classes"]] == list(RAF_CLASSES)
     for c, entry in enumerate(record["classes"]):
@@ -101,21 +112,24 @@ def test_limit_writes_the_labels_of_the_subset_alone(write, raf, arguments):
 def test_a_class_without_images_has_a_row_of_zeros(write, tmp_path):
     root = build_ferplus(tmp_path / "data")
     table = root / "FER2013Train" / "label.csv"
-    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.endswith(",8,0,0\n")))  # contempt's
+    rows = table.read_text().splitlines(True)
+    table.write_text("".join(row for row in rows if not row.endswith(",8,0,0\n")))  # contempt's
     _, record = write("--noise", "0.5", data="ferplus", root=root)
     empty = [entry for entry in record["classes"] if entry["images"] == 0]
     assert [entry["class"] for entry in empty] == ["contempt"] and empty[0]["transition"] == [0] * 8
 
 
 def test_the_output_is_reproducible_and_depends_on_the_seed(write, tmp_path):
-    a, b, c = (write("--noise", "0.5", "--seed", seed, output=tmp_path / f"{name}.csv")[0].read_text() for name, seed in ("a1", "b1", "c2"))
+    outputs = ((seed, tmp_path / f"{name}.csv") for name, seed in ("a1", "b1", "c2"))
+    a, b, c = (write("--noise", "0.5", "--seed", seed, output=output)[0].read_text() for seed, output in outputs)
     assert a == b != c
 
 
 def test_the_default_name_says_what_it_is(few_toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inject_noise.main(["--data", "toy", "--noise", "0.2", "--seed", "1"]) == 0
-    assert inject_noise.main(["--noise", "0.4", "--noise-seed", "3", "--noise-type", "asymmetric", "--format", "list"]) == 0
+    asymmetric = ["--noise", "0.4", "--noise-seed", "3", "--noise-type", "asymmetric"]
+    assert inject_noise.main([*asymmetric, "--format", "list"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "noise-toy-asymmetric-0.4-s3-list.json", "noise-toy-asymmetric-0.4-s3-list.txt",
         "noise-toy-symmetric-0.2-s1.csv", "noise-toy-symmetric-0.2-s1.json",
@@ -137,7 +151,8 @@ def test_files_that_are_there_are_kept_unless_overwrite(there, raf, tmp_path, ca
     assert inject_noise.main(argv) == 2
     assert (tmp_path / there).read_text() == "precious" and str(tmp_path / there) in capsys.readouterr().err
     assert inject_noise.main([*argv, "--overwrite"]) == 0
-    assert len(read(tmp_path / "noisy.csv")) == RAF_TRAIN and json.loads((tmp_path / "noisy.json").read_text())["seed"] == 1
+    assert len(read(tmp_path / "noisy.csv")) == RAF_TRAIN
+    assert json.loads((tmp_path / "noisy.json").read_text())["seed"] == 1
 
 
 def test_an_output_named_json_does_not_lose_the_labels(few_toys, tmp_path):
@@ -149,9 +164,12 @@ def test_an_output_named_json_does_not_lose_the_labels(few_toys, tmp_path):
     [], ["--noise", "0"], ["--noise", "1"], ["--noise", "-0.1"], ["--noise", "nan"], ["--noise", "some"],
     ["--noise", "0.5", "--limit", "29"], ["--noise", "0.5", "--classes", "8"],
     ["--noise", "0.5", "--noise-type", "pair"], ["--noise", "0.5", "--labels", "a.csv"],
+    ["--noise", "0.5", "--seed", str(2**64 + 1)], ["--noise", "0.5", "--noise-seed", str(2**63)],
+    ["--noise", "0.5", "--limit", str(10**30)],
 ])
 def test_bad_arguments_are_status_2_one_line_and_no_file(flags, raf, tmp_path, capsys):
-    assert inject_noise.main(["--data", "raf", "--root", str(raf), "--output", str(tmp_path / "noisy.csv"), *flags]) == 2
+    output = ["--output", str(tmp_path / "noisy.csv")]
+    assert inject_noise.main(["--data", "raf", "--root", str(raf), *output, *flags]) == 2
     message = capsys.readouterr().err
     assert "error: " in message and message.count("\n") == 1
     assert not list(tmp_path.glob("noisy*"))
@@ -191,10 +209,8 @@ def test_an_output_in_no_folder_is_refused(few_toys, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
-    import importlib
-
     script = importlib.import_module(method)
     small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"] if method == "jointgan" else []
     assert script.main([*tiny, *small, "--out", str(tmp_path), "--name", "run"]) == 0
@@ -202,8 +218,9 @@ def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
     flags = ["--data", "toy", "--from-checkpoint", str(model), "--device", "cpu"]
     assert inject_noise.main([*flags, "--output", str(output)]) == 0
     index, own, _ = load_train_index(cocuring.parse_args(["--data", "toy"]))
-    images = torch.from_numpy(np.stack([toyfaces.draw_face("train", i, size=32)[0] for i in range(48)])).permute(0, 3, 1, 2)
-    probs, va = common.restore(common.load_checkpoint(model), torch.device("cpu"))(images)
+    faces = np.stack([toyfaces.draw_face("train", i, size=32)[0] for i in range(48)])
+    _, predictor = load_model(model, torch.device("cpu"))
+    probs, va = predictor(torch.from_numpy(faces).permute(0, 3, 1, 2))
     expected = probs.argmax(1)
     assert read(output) == {name: index.classes[label] for name, label in zip(index.names, expected)}
     record = json.loads(output.with_suffix(".json").read_text())
@@ -211,35 +228,47 @@ def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
     va_file = tmp_path / "machine-va.csv"
     assert va_file.exists() == (method == "jointgan")
     if va is not None:
-        torch.testing.assert_close(common.read_va(va_file, index), va, atol=1e-6, rtol=0)
+        torch.testing.assert_close(read_va(va_file, index), va, atol=1e-6, rtol=0)
     assert inject_noise.main([*flags, "--output", str(output)]) == 2  # is there already
 
 
 def test_classes_of_another_data_set_are_matched_by_name(tiny, tmp_path, capsys):
-    import scn
-
     assert scn.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
-    root = build_ferplus(tmp_path / "ferplus")
+    root, cache = build_ferplus(tmp_path / "ferplus"), tmp_path / "cache"
     output, model = tmp_path / "machine.csv", tmp_path / "run" / "model.pt"
-    flags = ["--from-checkpoint", str(model), "--cache", str(tmp_path / "cache"), "--output", str(output), "--device", "cpu"]
+    flags = ["--from-checkpoint", str(model), "--cache", str(cache), "--output", str(output), "--device", "cpu"]
     assert inject_noise.main(["--data", "ferplus", "--root", str(root), *flags]) == 0
     assert "does not know the class contempt" in capsys.readouterr().out
     assert set(read(output).values()) <= set(toyfaces.CLASSES)
     index, _, _ = load_train_index(scn.parse_args(["--data", "ferplus", "--root", str(root)]))
-    images = common.decode_all(index, argparse.Namespace(data="ferplus", root=root, cache=tmp_path / "cache", size=32), "train")
-    probs, _ = common.restore(common.load_checkpoint(model), torch.device("cpu"))(images)
+    images = decode_all(index, argparse.Namespace(data="ferplus", root=root, cache=cache, size=32), "train")
+    probs, _ = load_model(model, torch.device("cpu"))[1](images)
     assert read(output) == {name: toyfaces.CLASSES[k] for name, k in zip(index.names, probs.argmax(1))}
 
 
 def test_what_is_no_model_is_refused(tiny, tmp_path, capsys):
-    import scn
-
     assert scn.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
-    folder = build_folder_splits(tmp_path / "animals", classes=("cat", "dog"))
-    for flags, words in ((["--from-checkpoint", str(tmp_path / "run" / "last.pt")], "not a model.pt"), (["--from-checkpoint", str(tmp_path / "none.pt")], "no such checkpoint"),
-                         (["--from-checkpoint", "x", "--noise", "0.2"], "either"), ([], "either"),
-                         (["--data", "folder", "--root", str(folder), "--from-checkpoint", str(tmp_path / "run" / "model.pt")], "are not those of")):
+    folder, run = build_folder_splits(tmp_path / "animals", classes=("cat", "dog")), tmp_path / "run"
+    for flags, words in (
+        (["--from-checkpoint", str(run / "last.pt")], "not a model.pt"),
+        (["--from-checkpoint", str(tmp_path / "none.pt")], "no such checkpoint"),
+        (["--from-checkpoint", "x", "--noise", "0.2"], "either"),
+        ([], "either"),
+        (["--data", "folder", "--root", str(folder), "--from-checkpoint", str(run / "model.pt")], "are not those of"),
+    ):
         capsys.readouterr()
         assert inject_noise.main([*flags, "--output", str(tmp_path / "x.csv")]) == 2
         error = capsys.readouterr().err.strip()
         assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize("method, words", [
+    ("../evil", "no script of that name"), ("nothing_of_ours", "no script of that name"),
+    ("align_faces", "no function restore"),
+])
+def test_a_model_of_a_method_that_is_not_here_is_refused(method, words, tmp_path, capsys):
+    state = {"method": method, "classes": ["a", "b"], "args": {}, "networks": [{}]}
+    torch.save(state, tmp_path / "model.pt")
+    argv = ["--from-checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "x.csv")]
+    assert inject_noise.main(argv) == 2
+    assert words in capsys.readouterr().err

@@ -8,7 +8,8 @@ from conftest import build_affectnet, build_cifar10, check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import common
+from support.datasets import write_labels
+
 import inject_noise
 import jointgan
 from jointgan import (
@@ -158,15 +159,14 @@ class Recorder:
 
 def one_batch(args, networks, recorders, classes=7):
     count = 12
-    pixels = common.Pixels(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.device("cpu"))
-    plan = common.EpochPlan(count, 1, 1, torch.device("cpu"))
     sets, va = [torch.arange(count) % classes, torch.arange(count) % 3], torch.rand(count, 2)
-    return jointgan.train_one_epoch(networks, recorders, pixels, [slice(0, count)], plan, sets, va, classes, 5, args)
+    batches = [(torch.rand(count, 3, 32, 32) * 2 - 1, torch.arange(count))]
+    return jointgan.train_one_epoch(networks, recorders, batches, sets, va, 5, args)
 
 
 def test_each_step_trains_its_own_networks():
     args = jointgan.parse_args(["--data", "toy", *SMALL, "--d-steps", "2", "--precision", "fp32"])
-    networks = jointgan.make_networks(args, 7, 2, True, torch.device("cpu"))
+    networks = jointgan.make_networks(args, 7, 2, True)
     encoder, decoder, discriminator = networks
     generators, critic = Recorder(networks, [encoder, decoder]), Recorder(networks, [discriminator])
     one_batch(args, networks, [generators, critic])
@@ -177,7 +177,7 @@ def test_each_step_trains_its_own_networks():
 
 def test_the_generator_step_leaves_no_gradient_in_the_discriminator(monkeypatch):
     args = jointgan.parse_args(["--data", "toy", *SMALL, "--precision", "fp32"])
-    networks = jointgan.make_networks(args, 7, 2, True, torch.device("cpu"))
+    networks = jointgan.make_networks(args, 7, 2, True)
     generators, critic = Recorder(networks, networks[:2]), Recorder(networks, networks[2:])
     critic.step = networks[2].zero_grad  # forget the discriminator's own gradient
     monkeypatch.setattr(jointgan, "gradient_norm", lambda network: torch.zeros(()))
@@ -187,16 +187,16 @@ def test_the_generator_step_leaves_no_gradient_in_the_discriminator(monkeypatch)
 
 def test_the_baseline_has_no_gan():
     args = jointgan.parse_args(["--data", "toy", *SMALL, "--lambda", "0"])
-    encoder, decoder, discriminator = jointgan.make_networks(args, 7, 1, False, torch.device("cpu"))
+    encoder, decoder, discriminator = jointgan.make_networks(args, 7, 1, False)
     assert encoder is not None and decoder is None and discriminator is None
     args = jointgan.parse_args(["--data", "toy", *SMALL, "--no-decoder"])
-    _, decoder, discriminator = jointgan.make_networks(args, 7, 1, False, torch.device("cpu"))
+    _, decoder, discriminator = jointgan.make_networks(args, 7, 1, False)
     assert decoder is None and "x" not in discriminator.scores
 
 
 def test_valence_and_arousal_alone_learn_nothing_from_the_labels():
     args = jointgan.parse_args(["--data", "toy", *SMALL, "--no-expression"])
-    encoder, decoder, discriminator = jointgan.make_networks(args, 7, 2, True, torch.device("cpu"))
+    encoder, decoder, discriminator = jointgan.make_networks(args, 7, 2, True)
     assert discriminator.scores == ["joint", "x-va", "x", "y0", "va"]
     assert decoder.layers[0].in_channels == args.noise_dim + 2
     _, _, logits, va = encoder(torch.randn(4, 3, 32, 32))
@@ -228,12 +228,12 @@ def test_label_sets_have_their_rates_and_seeds(few_toys, tmp_path):
 def test_label_and_va_files_are_read(few_toys, tmp_path, capsys):
     plain, _, (own,) = load_sets(tmp_path)
     labels, va = tmp_path / "labels.csv", tmp_path / "va.txt"
-    common.write_labels(labels, plain.names, (own + 1) % 7, plain.classes)
+    write_labels(labels, plain.names, (own + 1) % 7, plain.classes)
     va.write_text("".join(f"{name} {-0.5 if i else -1.25} 0.25\n" for i, name in enumerate(plain.names)))
     train, _, sets = load_sets(tmp_path, "--labels", str(labels), str(labels), "--va-labels", str(va))
     assert [torch.equal(s, (own + 1) % 7) for s in sets] == [True, True]
     assert train.va[0].tolist() == [-1, 0.25] and train.va[1].tolist() == [-0.5, 0.25]
-    assert "1 lines lie outside" in capsys.readouterr().out
+    assert "[-1, 1]" in capsys.readouterr().out
     va.write_text("name,valence,arousal\n" + "".join(f"{name},0.1,0.2\n" for name in plain.names))
     assert load_sets(tmp_path, "--va-labels", str(va))[0].va[3].tolist() == pytest.approx([0.1, 0.2])
 
@@ -261,8 +261,9 @@ def test_a_run_logs_scores_and_makes_faces(tiny, tmp_path):
     assert (folder / "generated.png").read_bytes()[:4] == b"\x89PNG"
     state = torch.load(folder / "model.pt", weights_only=True)
     assert len(state["networks"]) == 3 and json.dumps(state["args"])
-    modules = torch.load(folder / "last.pt", weights_only=True)["modules"]
-    assert [group["betas"][0] for optimizer in modules[3:] for group in optimizer["param_groups"]] == [0.9, 0.5, 0.5]  # encoder, decoder; discriminator
+    last = torch.load(folder / "last.pt", weights_only=True)
+    groups = [group for name in ("optimizer", "optimizer_d") for group in last[name]["param_groups"]]
+    assert [group["betas"][0] for group in groups] == [0.9, 0.5, 0.5]  # encoder, decoder; discriminator
 
 
 @pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-pairs"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--no-expression"], ["--no-expression", "--lambda", "0"], ["--label-stream", "softmax"],
@@ -275,10 +276,10 @@ def test_every_ablation_runs(flags, tiny, tmp_path):
 
 def run_on(data, root, folder, *flags):
     """The history of a run of two epochs on a tree in the real layout, at the authors' image size."""
-    small = [*SMALL, "--batch-size", "8", "--epochs", "2", "--adversarial-from", "1", "--precision", "fp32", "--cache", str(folder / "cache")]
-    assert jointgan.main(["--data", data, "--root", str(root), *small, *flags, "--out", str(folder), "--name", data]) == 0
-    assert (folder / data / "generated.png").exists()
-    return lines(folder / data)[-1]
+    small = [*SMALL, "--batch-size", "8", "--epochs", "2", "--warm-up", "0", "--precision", "fp32", "--cache", str(folder / "cache")]
+    assert jointgan.main(["--data", data, "--root", str(root), *small, *flags, "--out", str(folder / "runs"), "--name", data]) == 0
+    assert (folder / "runs" / data / "generated.png").exists()
+    return lines(folder / "runs" / data)[-1]
 
 
 def test_cifar10_with_three_label_sets(tmp_path):
@@ -294,7 +295,7 @@ def test_machine_labels_go_from_affectnet_to_raf_and_back(raf, tmp_path, capsys)
 
     def relabel(data, root, model, output, *flags):
         place = ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--output", str(output)]
-        assert inject_noise.main(["--data", data, "--root", str(root), "--from-checkpoint", str(tmp_path / model / "model.pt"), *place, *flags]) == 0
+        assert inject_noise.main(["--data", data, "--root", str(root), "--from-checkpoint", str(tmp_path / "runs" / model / "model.pt"), *place, *flags]) == 0
 
     first = run_on("affectnet", affectnet, tmp_path, "--classes", "7")
     assert {"va/ccc_valence", "va/mse_arousal", "score/x-va/encoder"} <= set(first) and "accuracy/class/contempt" not in first
@@ -302,7 +303,7 @@ def test_machine_labels_go_from_affectnet_to_raf_and_back(raf, tmp_path, capsys)
     last = run_on("raf", raf, tmp_path, "--labels", str(tmp_path / "machine.csv"), "--va-labels", str(tmp_path / "machine-va.csv"))
     assert "score/x-va/encoder" in last and "va/ccc_valence" not in last  # RAF-DB's test images have no valence and arousal
     relabel("affectnet", affectnet, "raf", tmp_path / "back.csv", "--classes", "7")
-    (tmp_path / "affectnet").rename(tmp_path / "first")
+    (tmp_path / "runs" / "affectnet").rename(tmp_path / "runs" / "first")
     capsys.readouterr()
     again = run_on("affectnet", affectnet, tmp_path, "--classes", "7", "--labels", str(tmp_path / "back.csv"))
     assert "label set 1:" in capsys.readouterr().out and "va/ccc_valence" in again
@@ -330,7 +331,7 @@ def test_va_noise_needs_valence_and_arousal(raf, tmp_path, capsys):
 
 def test_presets_are_the_authors_off_toy():
     args = jointgan.parse_args(["--data", "raf", "--noise", "0.2", "0.3"])
-    assert (args.size, args.width, args.hidden, args.batch_size, args.lr, args.lam, args.adversarial_from, args.d_steps, args.noise_dim) == (64, 1, 500, 128, 1e-4, 1.0, 7, 2, 100)
+    assert (args.size, args.width, args.hidden, args.batch_size, args.lr, args.lam, args.warm_up, args.d_steps, args.noise_dim) == (64, 1, 500, 128, 1e-4, 1.0, 6, 2, 100)
     assert args.name == "jointgan-raf-n0.2-0.3-s1"
     args = jointgan.parse_args(["--data", "affectnet"])
-    assert (args.size, args.lam, args.adversarial_from, args.oversample) == (64, 0.4, 1, True)
+    assert (args.size, args.lam, args.warm_up, args.oversample) == (64, 0.4, 0, True)

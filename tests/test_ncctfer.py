@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-import toyfaces
 from conftest import check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support import toyfaces
 
 import ncctfer
 from ncctfer import class_thresholds, confident, negative_consistency, supervised_loss
@@ -112,7 +113,7 @@ def test_equal_views_leave_the_entropy_when_all_classes_are_kept():
 
 @pytest.fixture
 def tiny(tiny):
-    return [*tiny, "--warm-up", "2", "--crop", "2"]
+    return [*tiny, "--warm-up", "1", "--crop", "2"]
 
 
 def test_a_run_logs_thresholds_and_the_confident_set(tiny, tmp_path):
@@ -156,7 +157,7 @@ def test_batches_of_two_and_three_run(size, tiny, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--k", "0"], "k"), (["--k", "8"], "--k 8"), (["--no-threshold"], "--no-negative"), (["--single-head", "--no-negative"], "--single-head"),
-    (["--magnitude", "31"], "magnitude"), (["--warm-up", "0"], "warm-up"), (["--mask", "some"], "mask"),
+    (["--magnitude", "31"], "magnitude"), (["--warm-up", "-1"], "warm-up"), (["--mask", "some"], "mask"),
 ])
 def test_bad_values_are_refused(arguments, words, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
@@ -167,6 +168,6 @@ def test_bad_values_are_refused(arguments, words, monkeypatch, tmp_path, capsys)
 
 def test_the_pretrained_preset_is_the_papers_and_the_mask_follows_the_heads():
     args = ncctfer.parse_args(["--data", "raf", "--pretrained", "x.pth"])
-    assert (args.size, args.epochs, args.batch_size, args.lr, args.head_lr, args.k, args.decay, args.warm_up) == (224, 40, 128, 1e-4, 1e-3, 4, 1.0, 5)
+    assert (args.size, args.epochs, args.batch_size, args.lr, args.head_lr, args.k, args.decay, args.warm_up) == (224, 40, 128, 1e-4, 1e-3, 4, 1.0, 4)
     assert (args.crop, args.operations, args.magnitude, args.mask) == (4, 2, 10, "most")
     assert ncctfer.parse_args(["--single-head"]).mask == "least"

@@ -1,12 +1,15 @@
+"""The drawn faces: what they depend on, their classes, and the sheet."""
+
 import subprocess
 import sys
 from pathlib import Path
 
+from support import toyfaces
+from support.toyfaces import CLASSES, FEATURES, FREQUENCIES, NEUTRAL, contact_sheet, draw_face, expression, main
+
 import numpy as np
 import pytest
-import toyfaces
 from PIL import Image
-from toyfaces import CLASSES, FEATURES, FREQUENCIES, NEUTRAL, contact_sheet, draw_face, expression, main
 
 
 def same_face(a, b):
@@ -88,14 +91,16 @@ def test_the_label_that_is_drawn_anyway_changes_nothing():
 
 
 def test_another_label_changes_the_expression_and_not_the_corners():
-    happy, angry = (draw_face("train", 11, size=64, label=CLASSES.index(name))[0].astype(int) for name in ("happiness", "anger"))
+    labels = [CLASSES.index(name) for name in ("happiness", "anger")]
+    happy, angry = (draw_face("train", 11, size=64, label=label)[0].astype(int) for label in labels)
     assert np.abs(happy - angry).max() > 50
     assert np.array_equal(happy[:6, :6], angry[:6, :6])
 
 
 def test_harder_faces_are_less_expressive():
     def strength(difficulty, label):
-        return np.mean([np.abs(expression("train", i, difficulty=difficulty, label=label)[2] - NEUTRAL).sum() for i in range(100)])
+        features = [expression("train", i, difficulty=difficulty, label=label)[2] for i in range(100)]
+        return np.abs(np.array(features) - NEUTRAL).sum(1).mean()
 
     for label in range(6):
         assert strength(1.0, label) < strength(0.5, label) < strength(0.0, label)
@@ -111,8 +116,8 @@ def test_harder_faces_are_closer_to_other_classes():
 
 def test_classes_differ_in_fewer_grey_levels_when_hard():
     def contrast(difficulty):
-        pairs = [[draw_face("train", i, difficulty=difficulty, label=c)[0].astype(float) for c in (0, 6)] for i in range(20)]
-        return np.mean([np.abs(a - b).mean() for a, b in pairs])
+        faces = [[draw_face("train", i, difficulty=difficulty, label=c)[0] for i in range(20)] for c in (0, 6)]
+        return np.abs(np.diff(np.array(faces, dtype=float), axis=0)).mean()
 
     assert contrast(1.0) < 0.7 * contrast(0.0)
 
@@ -149,7 +154,7 @@ def test_main_refuses_what_is_out_of_range(argv, tmp_path):
 
 
 def test_import_prints_and_writes_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(Path(toyfaces.__file__).parent)!r}); import toyfaces"
+    code = f"import sys; sys.path.insert(0, {str(Path(toyfaces.__file__).parents[1])!r}); import support.toyfaces"
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,16 @@
 """The two-stage cycle: mixtures against scikit-learn's, margins, rates and losses by hand, then the script, in-process, on tiny input."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import toyfaces
 from conftest import check_resume, lines
 from sklearn.mixture import GaussianMixture
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support import figures, toyfaces
 
 import twostage
 from twostage import (
@@ -118,7 +120,9 @@ def test_rates_by_hand():
     assert got.tolist() == pytest.approx([expected[c] for c in range(4)])
     assert rebalanced_rates(counts, 0).tolist() == [1] * 4
     assert rebalanced_rates(torch.tensor([3, 3, 3])).tolist() == [1] * 3
-    assert rebalanced_rates(torch.tensor([4, 0])).tolist() == [0, 1]
+    # A class without labels shifts no other: the commonest of the rest is paired with the rarest of the rest.
+    assert rebalanced_rates(torch.tensor([80, 0, 10])).tolist() == pytest.approx([0.5, 1, 1])
+    assert rebalanced_rates(torch.tensor([0, 0])).tolist() == [1, 1]
 
 
 def test_the_most_confident_of_each_class_are_admitted():
@@ -181,7 +185,7 @@ def test_a_run_logs_the_division_and_the_pseudo_labels(tiny, tmp_path):
     history = run(tiny, tmp_path)
     assert history[0]["labelled/share"] == 1 and history[0]["labelled/purity"] == pytest.approx(0.6, abs=0.03) and "pseudo/share" not in history[0]
     for line in history[1:]:
-        assert 0 < line["labelled/share"] < 1 and 0 <= line["labelled/auc"] <= 1 and line["loss/consistency"] > 0
+        assert 0 < line["labelled/share"] < 1 and 0 <= line["labelled/auroc"] <= 1 and line["loss/consistency"] > 0
         assert 0 <= line["pseudo/share"] <= 1 and {"pseudo/accuracy_above", "pseudo/accuracy_below"} <= set(line)
         assert line["loss/total"] == pytest.approx(line["loss/labelled"] + line["loss/pseudo"] + 0.1 * line["loss/consistency"], abs=1e-5)
         assert all(0.8 <= line[f"weight/margin/{name}"] <= 1 and 0 <= line[f"weight/rate/{name}"] <= 1 for name in toyfaces.CLASSES)
@@ -195,8 +199,9 @@ def test_gaussians_are_drawn_where_a_mixture_is_fitted():
     given, probs = torch.arange(40) % 2, torch.rand(40, 2, generator=torch.Generator().manual_seed(1)).softmax(1)
     args = twostage.parse_args(["--warm-up", "1"])
     for mixture, titles, curves in (("class", ["happy", "sad"], [2, 2]), ("global", ["all classes", "happy", "sad"], [2, 0, 0])):
-        division = twostage.Division(probs, given, 2, args)
-        axes = twostage.figure_of_mixtures(division, given, None, ("happy", "sad"), mixture).axes
+        division = twostage.divide(probs, given, 1, args)
+        train = SimpleNamespace(labels=given, clean=None, classes=("happy", "sad"))
+        axes = figures.mixtures(division.losses, train, fit_mixture, mixture == "class").axes
         assert [a.get_title() for a in axes] == titles and [len(a.lines) for a in axes] == curves
 
 
@@ -207,7 +212,7 @@ def test_ablations_are_told_apart(tiny, tmp_path):
     assert all(line["loss/pseudo"] == line["loss/consistency"] == 0 for line in labelled + undetected + baseline)
     assert labelled[1]["labelled/share"] == whole[1]["labelled/share"] < 1
     none, logits, one = run(tiny, tmp_path, "--rebalance", "none"), run(tiny, tmp_path, "--rebalance", "logits"), run(tiny, tmp_path, "--mixture", "global")
-    assert run(tiny, tmp_path, "--detect-by", "ce")[1]["labelled/auc"] != whole[1]["labelled/auc"]
+    assert run(tiny, tmp_path, "--detect-by", "ce")[1]["labelled/auroc"] != whole[1]["labelled/auroc"]
     assert all(line["weight/rate/neutral"] == 1 for line in none + logits) and whole[1]["weight/rate/happiness"] < 1
     assert logits[1]["loss/labelled"] != none[1]["loss/labelled"] and one[1]["labelled/share"] != whole[1]["labelled/share"]
 
