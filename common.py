@@ -36,6 +36,27 @@ def generator_of(*key) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+class Processes:
+    """The processes of a training run: this one alone. support/distributed.py has those that torchrun starts."""
+
+    rank, count = 0, 1
+    part = slice(None)  # the places in the epoch's global order that this process has in the current step
+    share = 1.0  # of the samples of the current step, those of this process
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return values
+
+    def assigned(self, values: Tensor, index: Tensor, last: Tensor) -> None:
+        """values[index] were assigned; `last` decided, a place in the batch, or -1: see `assign`."""
+
+    def end_epoch(self) -> None:
+        """Make equal in all processes what each has changed by itself in the epoch."""
+
+
+processes = Processes()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Device, backbones, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,12 +248,16 @@ def network_input(images: Tensor, size: int, mean=MEAN, std=STD) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def batch_slices(count: int, batch_size: int) -> list[slice]:
-    """Slices of range(count); a last batch of one sample joins the one before it (batch statistics need two)."""
-    if batch_size > count:
-        raise UserError(f"--batch-size {batch_size} is larger than the {count} training images")
-    starts = list(range(0, count, batch_size))
-    if len(starts) > 1 and count - starts[-1] == 1:
+def batch_slices(count: int, batch_size: int, world: int = 1) -> list[slice]:
+    """Slices of range(count), of `batch_size` samples for each of `world` processes.
+
+    A last batch that has less than two samples for each joins the one before it (batch statistics need two).
+    """
+    if batch_size * world > count:
+        each = f"{batch_size} for each of {world} processes" if world > 1 else f"{batch_size}"
+        raise UserError(f"--batch-size {each} is larger than the {count} training images")
+    starts = list(range(0, count, batch_size * world))
+    if len(starts) > 1 and count - starts[-1] < 2 * world:
         starts.pop()
     return [slice(a, b) for a, b in zip(starts, starts[1:] + [count])]
 
@@ -256,15 +281,16 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 class Images:
     """The images of a split, uint8 (N, C, H, W), for a device; iterate for unaugmented inputs (B, 3, size, size).
 
-    They are kept on the device when they fit in `share` of its free memory, else streamed to it. mean, std: see
-    `network_input`.
+    They are kept on the device when they fit in `share` of its free memory, else streamed to it; share=0: streamed.
+    mean, std: see `network_input`.
     """
 
     def __init__(self, images: Tensor, size: int, device: torch.device, mean=MEAN, std=STD, share: float = 1 / 3):
-        self.images, self.device, self.share = images, device, share
+        self.images, self.device = images, device
         self.to_input = functools.partial(network_input, size=size, mean=mean, std=std)
+        self.resident = device.type == "cpu" and share > 0
         if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] * share:
-            self.images = images.to(device)
+            self.images, self.resident = images.to(device), True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -278,7 +304,7 @@ class Images:
         """Yield (slice, index (B,) on the CPU, uint8 images (B, C, H, W) on the device). order: int64 (N,)."""
         pin = Tensor.pin_memory if self.device.type == "cuda" else Tensor.contiguous
         order = pin(order)
-        if self.images.device.type == self.device.type:
+        if self.resident:
             here = order.to(self.images.device)
             yield from ((part, order[part], self.images[here[part]]) for part in slices)
             return
@@ -308,7 +334,9 @@ class Loader:
 
     def __init__(self, images: Images, batch_size: int, seed: int, augment, strong=None):
         self.images, self.seed, self.augment, self.strong = images, seed, augment, strong
-        self.slices = batch_slices(len(images), batch_size)
+        rank, world = processes.rank, processes.count
+        slices = batch_slices(len(images), batch_size, world)
+        self.slices = [slice(part.start + rank, part.stop, world) for part in slices]  # this process's samples
 
     def epoch(self, epoch: int, balance: Tensor | None = None, strong: bool = True):
         """Yield (x, index): x the network input (B, 3, H, W), index int64 (B,) its places in the training set (CPU).
@@ -317,7 +345,8 @@ class Loader:
         labels whose classes are drawn equally often, see `balanced_order`; None: each sample once.
         """
         draws, images, count = {}, self.images, len(self.images)
-        torch.manual_seed(seed_of("epoch", self.seed, epoch))  # whatever else draws (dropout, noise of a GAN) restarts
+        # Whatever else draws (dropout, noise of a GAN) restarts, in each process with numbers of its own.
+        torch.manual_seed(seed_of("epoch", self.seed, epoch) + processes.rank)
         generator = generator_of("order", self.seed, epoch)
         labels = torch.full((count,), -1) if balance is None else balance.cpu()
         order = balanced_order(labels, generator)
@@ -329,11 +358,13 @@ class Loader:
 
         bar = tqdm(images.batches(order, self.slices), f"epoch {epoch}", len(self.slices), leave=False, disable=None)
         for part, index, batch in bar:
+            processes.part = part
             view = self.augment(batch, draw)
             x = images.to_input(view)
             if self.strong:
                 x = x, images.to_input(self.strong(view, draw)) if strong else None
             yield x, index
+        processes.end_epoch()
 
 
 def assign(values: Tensor, index: Tensor, new: Tensor, where: Tensor | None = None) -> Tensor:
@@ -349,6 +380,7 @@ def assign(values: Tensor, index: Tensor, new: Tensor, where: Tensor | None = No
     new = torch.where(last >= 0, new[last], values[index])
     changed = ((values[index] != new) & (last == place)).sum()
     values[index] = new
+    processes.assigned(values, index, last)
     return changed
 
 
@@ -361,7 +393,7 @@ class Means:
     """Averages over an epoch, kept on the device until the end: means.add("loss", total=loss) for the tag "loss/total".
 
     A bool tensor (B,) gives the share of the samples, a float tensor the mean over the steps (of a vector entry by
-    entry), an integer tensor the sum over the epoch.
+    entry), an integer tensor the sum over the epoch; in several processes those of all.
     """
 
     def __init__(self):
@@ -374,32 +406,24 @@ class Means:
             if tag == "loss/total":
                 self.losses.append(value)
             weight = torch.ones_like(value, dtype=torch.bool) if among is None else among
-            pair = torch.stack([torch.where(weight, value, 0).double(), weight.double()])
+            count = weight.double() * (value.dtype != torch.int64)  # of what is added up: nothing to divide by
+            pair = torch.stack([torch.where(weight, value, 0).double(), count])
             if value.dtype == torch.bool:
                 pair = pair.sum(1)
-            total = self.sums.get(tag, 0) + pair
-            if value.dtype == torch.int64:
-                total[1] = 1
-            self.sums[tag] = total
+            elif value.is_floating_point():
+                pair = pair * processes.share
+            self.sums[tag] = self.sums.get(tag, 0) + pair
 
     def result(self) -> dict[str, float | list[float]]:
         """tag -> number (of a vector: list), 0 where nothing counted.
 
         Raises FloatingPointError with the step if a total loss is not finite.
         """
-        parts = [total[0] / total[1].clamp(min=1) for total in self.sums.values()]
-        flat = torch.cat([part.flatten() for part in [*parts, *self.losses]]).cpu()
-        *values, losses = flat.split([*(part.numel() for part in parts), len(self.losses)])
+        totals = list(self.sums.values())
+        flat = processes.sum(torch.cat([part.flatten() for part in [*totals, *self.losses]])).cpu()
+        *pairs, losses = flat.split([*(total.numel() for total in totals), len(self.losses)])
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise FloatingPointError(f"step {bad[0].item() + 1} of {len(losses)}")
-        return {tag: value.view(part.shape).tolist() for tag, value, part in zip(self.sums, values, parts)}
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve, 0.5 without samples of either kind. scores: (N,). positive: bool (N,)."""
-    above, below = scores[positive].double(), scores[~positive].double().sort().values
-    if not len(above) or not len(below):
-        return 0.5
-    wins = torch.searchsorted(below, above) + torch.searchsorted(below, above, right=True)
-    return (wins.double().mean() / (2 * len(below))).item()
+        pairs = [pair.view(total.shape) for pair, total in zip(pairs, totals)]
+        return {tag: (a / torch.where(b > 0, b, 1)).tolist() for tag, (a, b) in zip(self.sums, pairs)}

@@ -552,12 +552,13 @@ def train_one_epoch(networks, optimizers, batches, sets: list[Tensor], va: Tenso
     device, means = sets[0].device, common.Means()
     for network in filter(None, networks):
         network.train()
+    one_hot = torch.eye(encoder.labels[0].out_features, device=device)
     for x, index in batches:
         x, index = x.to(device), index.to(device, non_blocking=True)
         labels, target = [y[index] for y in sets], None if va is None else va[index]
         with common.autocast(device, args.precision):
             mean, log_variance, logits, prediction = encoder(x)
-        given = [F.one_hot(y, logits[0].shape[1]).float() for y in labels] if args.expression else []
+        given = [one_hot[y] for y in labels] if args.expression else []
         loss_f = multitask_loss(logits, labels, prediction, target, args.gamma)
         streams = [z.softmax(1) if args.label_stream == "softmax" else z for z in logits] if args.expression else []
         if adversarial:

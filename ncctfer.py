@@ -18,6 +18,7 @@ from functools import partial
 
 from support import figures
 from support.augmentation import augment, rand_augment
+from support.averaging import Averaged
 from support.datasets import load_data
 from support.inference import use_checkpoint
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
@@ -25,7 +26,6 @@ from support.runs import Parser, Run, add_data_args, add_training_args, number, 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 
@@ -192,7 +192,7 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         if averaged is not None:
-            averaged.update_parameters(network)
+            averaged.update(network)
         means.add("loss", total=loss, supervised=l_s, negative=l_c)
         means.add("accuracy", train=probs.argmax(1) == y)
         means.add("weight", among=t_c > 0, threshold=t_c)
@@ -247,7 +247,7 @@ def main(argv=None) -> int:
         parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
         averaged = chosen = None
         if args.select_by == "average":
-            averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+            averaged = Averaged(network, args.ema)
             parts["averaged"] = averaged
 
         for epoch in run.epochs(train, test, **parts):

@@ -20,7 +20,7 @@ from support import figures
 from support.augmentation import augment
 from support.datasets import load_data
 from support.inference import use_checkpoint
-from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
+from support.runs import Parser, Run, add_data_args, add_training_args, auroc, number, parse_with_presets, reports_errors
 
 import torch
 import torch.nn.functional as F
@@ -266,7 +266,7 @@ def main(argv=None) -> int:
             weights, drawn = weights.cpu(), weights.cpu() >= 0
             if train.clean is not None:  # does the weight tell wrong labels from correct ones at all?
                 correct = train.labels == train.clean
-                scalars["weight/auroc_clean"] = common.auroc(weights[drawn], correct[drawn])
+                scalars["weight/auroc_clean"] = auroc(weights[drawn], correct[drawn])
             run.writer.add_histogram("weight", weights[drawn], epoch)
             run.end_epoch(epoch, scalars | more, predict(network, test_images, args)[0], current)
         probs, weights = predict(network, images, args)

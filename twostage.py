@@ -20,14 +20,23 @@ from functools import partial
 
 from support import figures
 from support.augmentation import augment, rand_augment
+from support.averaging import Averaged
 from support.datasets import load_data
 from support.inference import use_checkpoint
-from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
+from support.runs import (
+    Parser,
+    Run,
+    add_data_args,
+    add_training_args,
+    auroc,
+    number,
+    parse_with_presets,
+    reports_errors,
+)
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 
@@ -314,7 +323,7 @@ def division_scalars(division: Division, given: Tensor, clean: Tensor | None) ->
         scalars |= {
             "labelled/purity": correct[division.labelled].float().mean().item(),
             "labelled/recall": division.labelled[correct].float().mean().item(),
-            "labelled/auroc": common.auroc(division.clean, correct),
+            "labelled/auroc": auroc(division.clean, correct),
             "labelled/class_recall": recalls,
         }
     return scalars
@@ -350,7 +359,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        averaged.update_parameters(network)
+        averaged.update(network)
         predicted = logits.argmax(1)
         means.add("loss", total=loss, labelled=l_x, pseudo=l_u, consistency=l_c)
         means.add("accuracy", train=predicted == y)
@@ -396,7 +405,7 @@ def main(argv=None) -> int:
         loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
         network = common.to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
-        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        averaged = Averaged(network, args.ema)
         optimizer, scheduler = make_optimizer(network, args)
 
         parts = dict(network=network, averaged=averaged, optimizer=optimizer, scheduler=scheduler)

@@ -4,6 +4,8 @@
 batch, C channels, H and W pixels.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,6 +127,7 @@ def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude:
     return blend(images, blurred(images), torch.where(step["sharpness"], ratio, 1.0))
 
 
+@functools.lru_cache
 def bin_of(top: float, magnitude: int) -> float:
     """The magnitude-th of torchvision's 31 bins from 0 to `top`."""
     return torch.linspace(0, top, 31)[magnitude].item()
@@ -196,12 +199,16 @@ def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> T
     return table.clamp(0, 255).to(torch.uint8).gather(2, flat).view(n, c, h, w)
 
 
+@functools.lru_cache
+def sharpness_kernel(device: torch.device) -> Tensor:
+    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=device)
+    return kernel / kernel.sum()
+
+
 def blurred(images: Tensor) -> Tensor:
     """float32 (B, C, H, W): the 3 x 3 mean with a centre of weight 5, rounded; the border as it is. For sharpness."""
-    c, kernel = images.shape[1], torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5
-    smooth = images.float()
-    inner = F.conv2d(smooth, (kernel / kernel.sum()).expand(c, 1, 3, 3), groups=c).round()
+    c, smooth = images.shape[1], images.float()
+    inner = F.conv2d(smooth, sharpness_kernel(images.device).expand(c, 1, 3, 3), groups=c).round()
     smooth[:, :, 1:-1, 1:-1] = inner
     return smooth
 

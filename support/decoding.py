@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support import toyfaces
+from support.distributed import first_goes_ahead
 
 import numpy as np
 import torch
@@ -382,10 +383,11 @@ def decode_all(index, args, split: str) -> Tensor:
     # Two processes that decode at once write the same pixels under one name, or others under another.
     family = f"{args.data}-{place}-{split}{len(index.names)}-{args.size}px"
     file = Path(args.cache) / f"{family}-{stamp}.npy"
-    images = load_cache(file, stamp)
-    if images is None:
-        images = build_cache(index, args, split, file, stamp)
-        remove_outdated(file, family)
+    with first_goes_ahead():
+        images = load_cache(file, stamp)
+        if images is None:
+            images = build_cache(index, args, split, file, stamp)
+            remove_outdated(file, family)
     return images
 
 

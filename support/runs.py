@@ -19,16 +19,18 @@ import time
 import types
 from pathlib import Path
 
-from support import face_backbones, figures  # noqa: F401 - the former registers its networks
+from support import distributed, face_backbones, figures  # noqa: F401 - the second registers its networks
 from support.datasets import Split
-from support.decoding import checksum
-from support.streams import one_line, reason_of, reports_errors  # noqa: F401 - the last is taken from here
+from support.decoding import UNPRINTABLE, checksum
+from support.distributed import reports_errors  # noqa: F401 - is taken from here
+from support.streams import one_line, reason_of
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
 
+import common
 from common import (
     BACKBONES,
     PRETRAINED,
@@ -196,6 +198,8 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
         parser.error("--resume goes on with a run, --overwrite discards it: give one of them")
     if args.evaluate and args.predict:
         parser.error("--evaluate and --predict are two jobs: give one of them")
+    if (args.evaluate or args.predict) and common.processes.count > 1:
+        parser.error("--evaluate and --predict are jobs for one process: start them without torchrun")
     if args.predict and len(args.predict) < 2:
         parser.error("--predict takes a model.pt and then images or folders of images")
     least = getattr(BACKBONES.get(getattr(args, "backbone", None)), "size", 0)
@@ -212,6 +216,8 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
             args.name = f"{Path(used).resolve().parent.name}-{what}"
     elif not re.fullmatch(r"(?!\.+$)[^/\\\0]+", args.name):
         parser.error(f"--name {args.name!r}: the name of one folder, without separators; --out says where it lies")
+    if UNPRINTABLE.search(args.out + args.name):  # TensorBoard cannot write there
+        parser.error(f"--out {args.out!r}, --name {args.name!r}: a control character, or not UTF-8")
     args.argv = argv
     args.preset = f"preset {kind}: " + ", ".join(f"{key} {getattr(args, key)}" for key in preset)
     return args
@@ -262,15 +268,21 @@ class Run:
 
     Use as a context around everything from loading the data on. Raises UserError for a folder that is in use, that
     holds a finished run, an unfinished one without --resume, files that are not a run's, or with --resume a run with
-    other arguments or other data. Nothing is left behind if training never begins.
+    other arguments or other data. Nothing is left behind if training never begins. Of several processes that of rank 0
+    has the folder: the others go through the same epochs, and hear from it what it refuses and restores.
     """
 
     def __init__(self, args):
-        self.args, self.folder = args, Path(args.out) / args.name
+        self.args, self.folder, self.first = args, Path(args.out) / args.name, common.processes.rank == 0
         self.lock = self.writer = None
         self.settings = {key: value for key, value in vars(args).items() if key not in ("preset", "argv")}
 
     def __enter__(self):
+        distributed.check_device(self.args.device)
+        distributed.by_first(self.open_folder)
+        return self
+
+    def open_folder(self) -> None:
         self.refuse_strangers()  # before the lock file is put there
         self.made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -281,7 +293,6 @@ class Run:
         except BaseException:
             self.lock.close()
             raise
-        return self
 
     def take_lock(self) -> None:
         """The system frees it however the process ends."""
@@ -332,6 +343,9 @@ class Run:
         before, now = self.read_record(), json.loads(json.dumps(self.settings))
         if before["method"] != now["method"]:
             raise UserError(f"{self.folder} holds a run of {before['method']}, not of {now['method']}")
+        if before.get("processes", 1) != common.processes.count:
+            raise UserError(f"--resume: {self.folder} was begun with {before.get('processes', 1)} processes; give the "
+                            "same number, or another --name")
         for key in now:
             if key not in NOT_SETTINGS and now[key] != before.get(key):
                 raise UserError(f"--resume: {key} was {before.get(key)} in {self.folder} and is {now[key]} now; "
@@ -344,7 +358,17 @@ class Run:
         state_dict) and tensors, which are restored in place.
         """
         self.train, self.test, self.parts = train, test, parts
-        data = fingerprint(train, test)
+        done, states = distributed.by_first(lambda: (self.begin(fingerprint(train, test)), self.states()))
+        if not self.first:
+            self.put_back(states)
+            self.writer = NoWriter()
+        distributed.average_buffers_of(parts.values())
+        for self.epoch in range(done + 1, self.args.epochs + 1):
+            self.began = time.perf_counter()
+            yield self.epoch
+
+    def begin(self, data: dict) -> int:
+        """Make the folder ready for training, see `epochs`; returns the last epoch that was finished before, or 0."""
         print(f"{self.folder}; {self.args.preset}")
         for file in self.folder.iterdir():
             if is_unfinished(file.name, "args.json", *OUTPUTS):
@@ -357,13 +381,25 @@ class Run:
             for file in [*(self.folder / name for name in OUTPUTS), *self.folder.glob("events.out.tfevents.*")]:
                 file.unlink(missing_ok=True)
             about = {"argv": self.args.argv, "versions": versions(), "commit": commit(), "fingerprint": data}
+            about["processes"] = common.processes.count
             text = json.dumps(self.settings | about, indent=1) + "\n"
             write_atomically(self.folder / "args.json", lambda path: path.write_text(text))
         # purge_step: TensorBoard drops what a killed run logged after its last checkpoint
         self.writer = summary_writer(self.folder, purge_step=done + 1 if done else None)
-        for self.epoch in range(done + 1, self.args.epochs + 1):
-            self.began = time.perf_counter()
-            yield self.epoch
+        return done
+
+    def states(self) -> dict:
+        """What last.pt has of the parts: state_dicts and tensors, by name."""
+        return {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.parts.items()}
+
+    def put_back(self, states: dict) -> None:
+        for name, part in self.parts.items():
+            if not isinstance(part, Tensor):
+                part.load_state_dict(states[name])
+            elif (part.shape, part.dtype) == (states[name].shape, states[name].dtype):
+                part.copy_(states[name])
+            else:
+                raise ValueError(f"{name}: another shape or type")
 
     def restore(self, data: dict) -> int:
         """Put back the parts of last.pt and the lines of metrics.jsonl; returns the last finished epoch.
@@ -384,13 +420,7 @@ class Run:
             done, self.table = state["epoch"], state["table"]
             if state["method"] != self.args.method or not isinstance(done, int) or not 0 < done <= self.args.epochs:
                 raise ValueError(f"epoch {done} of {state['method']}")
-            for name, part in self.parts.items():
-                if not isinstance(part, Tensor):
-                    part.load_state_dict(state[name])
-                elif (part.shape, part.dtype) == (state[name].shape, state[name].dtype):
-                    part.copy_(state[name])
-                else:
-                    raise ValueError(f"{name}: another shape or type")
+            self.put_back(state)
         except Exception as error:  # modules and optimisers raise errors of many kinds
             why = reason_of(error)
             raise UserError(f"{path}: does not fit this script ({why}); --overwrite discards the run") from None
@@ -403,15 +433,8 @@ class Run:
         return done
 
     def __exit__(self, kind, error, trace):
-        if self.writer:
-            with contextlib.suppress(OSError):  # a full disk: end_epoch or finish has failed then
-                self.writer.close()
-        elif [file.name for file in self.folder.iterdir()] == [".lock"]:  # training never began: leave nothing behind
-            (self.folder / ".lock").unlink()
-            with contextlib.suppress(OSError):  # not empty: somebody else's by now
-                for path in self.made:
-                    path.rmdir()
-        self.lock.close()
+        if self.first:
+            self.close_folder()
         go_on = "the same command with --resume goes on after the last whole epoch"
         unfinished = self.writer and not (self.folder / "model.pt").exists()
         if kind is KeyboardInterrupt and unfinished:
@@ -422,6 +445,17 @@ class Run:
             last = f"{self.folder / 'last.pt'} (epoch {self.epoch - 1})" if self.epoch > 1 else "none"
             where = f"epoch {self.epoch}, {error}"
             raise UserError(f"the loss is not finite in {where}; last good checkpoint: {last}") from None
+
+    def close_folder(self) -> None:
+        if self.writer:
+            with contextlib.suppress(OSError):  # a full disk: end_epoch or finish has failed then
+                self.writer.close()
+        elif [file.name for file in self.folder.iterdir()] == [".lock"]:  # training never began: leave nothing behind
+            (self.folder / ".lock").unlink()
+            with contextlib.suppress(OSError):  # not empty: somebody else's by now
+                for path in self.made:
+                    path.rmdir()
+        self.lock.close()
 
     def history(self) -> list[dict]:
         """The lines of metrics.jsonl; a last one that a killed process left unfinished is passed over.
@@ -453,6 +487,8 @@ class Run:
         scalars: of the epoch, by tag; a list has a number, or None, for each class. probs: (N, C), of the evaluated
         split. labels: int64 (N,), the current labels of the training set, of a method that changes them.
         """
+        if not self.first:
+            return
         predicted = probs.argmax(1).cpu()
         self.table = confusion_matrix(predicted, self.test.labels, len(self.test.classes))
         for tag, values in [item for item in scalars.items() if isinstance(item[1], list)]:
@@ -472,8 +508,7 @@ class Run:
                  f"{self.args.split} {scalars['accuracy/test']:.1%}"]
         shown += [f"relabelled {scalars['relabel/changed']}"] if "relabel/changed" in scalars else []
         shown += [f"correct labels {scalars['labels/accuracy']:.1%}"] if "labels/accuracy" in scalars else []
-        state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.parts.items()}
-        self.save("last.pt", epoch=epoch, table=self.table, **state)
+        self.save("last.pt", epoch=epoch, table=self.table, **self.states())
         print(f"epoch {epoch:3d}/{self.args.epochs}  " + "  ".join(shown) + f"  {seconds:.1f} s", flush=True)
 
     def finish(self, probs: Tensor, networks: list[nn.Module], labels: Tensor | None = None, **pictures) -> None:
@@ -482,6 +517,8 @@ class Run:
         probs: (N, C), of the unaugmented training set after the last epoch. networks: what predicts. labels: see
         `end_epoch`. pictures: name -> a function that draws one more figure.
         """
+        if not self.first:
+            return
         train, probs = self.train, probs.float().cpu()
         current = train.labels if labels is None else labels.cpu()
         scores = audit_scores(probs, train.labels)
@@ -577,6 +614,15 @@ def accuracy_scalars(table: list[list[int]], classes: tuple[str, ...]) -> dict[s
     return {"accuracy/test": sum(correct) / sum(map(sum, table)), "accuracy/test_mean_class": mean, **own}
 
 
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve, 0.5 without samples of either kind. scores: (N,). positive: bool (N,)."""
+    above, below = scores[positive].double(), scores[~positive].double().sort().values
+    if not len(above) or not len(below):
+        return 0.5
+    wins = torch.searchsorted(below, above) + torch.searchsorted(below, above, right=True)
+    return (wins.double().mean() / (2 * len(below))).item()
+
+
 def label_scalars(given: Tensor, current: Tensor, clean: Tensor | None) -> dict[str, float]:
     """relabel/changed and, where the clean labels are known, labels/accuracy, relabel/precision and relabel/recall.
 
@@ -597,6 +643,13 @@ def label_scalars(given: Tensor, current: Tensor, clean: Tensor | None) -> dict[
 def audit_scores(probs: Tensor, given: Tensor) -> Tensor:
     """How suspicious each given label is, (N,) in [0, 1]: max_k p_k - p_given. probs: (N, C) on unaugmented images."""
     return probs.amax(1) - probs.gather(1, given[:, None])[:, 0]
+
+
+class NoWriter:
+    """Drops what a script logs, in the processes that have no run folder."""
+
+    def __getattr__(self, name):
+        return lambda *args, **options: None
 
 
 def summary_writer(folder, purge_step: int | None = None):

@@ -4,6 +4,8 @@ import threading
 import time
 import zipfile
 
+from support import runs
+
 import pytest
 import torch
 import torchvision
@@ -433,5 +435,5 @@ def test_area_under_the_curve_is_that_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(5, (60,), generator=generator) / 5  # with ties
     positive = torch.rand(60, generator=generator) < 0.3
-    assert common.auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
-    assert common.auroc(scores, torch.zeros(60, dtype=torch.bool)) == 0.5 == common.auroc(scores, scores >= 0)
+    assert runs.auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+    assert runs.auroc(scores, torch.zeros(60, dtype=torch.bool)) == 0.5 == runs.auroc(scores, scores >= 0)
