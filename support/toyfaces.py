@@ -5,8 +5,8 @@ opening and width, brow height and tilt, eye opening, nose wrinkle). Identity, s
 background, light and rotation are nuisance. A face depends on (seed, split, index) alone. It is easy enough that a
 ResNet-18 learns it in a few epochs from scratch, and large enough that it memorises wrong labels afterwards.
 
-    python toyfaces.py                                 # toyfaces.png: a contact sheet, a row per class
-    python toyfaces.py --difficulty 1 --out hard.png   # the subtlest faces
+    python support/toyfaces.py                                 # toyfaces.png: a contact sheet, a row per class
+    python support/toyfaces.py --difficulty 1 --out hard.png   # the subtlest faces
 """
 
 import argparse
