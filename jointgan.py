@@ -310,7 +310,7 @@ class Encoder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The self-attention of SAGAN (H. Zhang et al., 2019; keys and values pooled as in its code), first the identity."""
+    """SAGAN's self-attention (H. Zhang et al., 2019; keys and values pooled as in its code), first the identity."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -328,7 +328,7 @@ class SelfAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """G_X: y0 and labels -> a face; transposed convolutions, spectrally normalised, with self-attention at 16 pixels."""
+    """G_X: y0 and labels -> a face; transposed convolutions, spectrally normalised, self-attention at 16 pixels."""
 
     def __init__(self, size: int, width: float, inputs: int):
         super().__init__()
@@ -431,7 +431,7 @@ class Discriminator(nn.Module):
         self.scores = ["joint"] * joint + [f"x-{streams[k]}" for k in self.paired] + scored  # columns of the scores
 
     def forward(self, x: Tensor, y0: Tensor, labels: list[Tensor], va: Tensor | None) -> Tensor:
-        """Images (N, 3, H, W), y0 (N, noise_dim), label vectors of each set (N, C), va (N, 2) -> scores (N, S), float32."""
+        """Images (N, 3, H, W), y0 (N, noise_dim), labels of each set (N, C), va (N, 2) -> scores (N, S), float32."""
         maps = self.image(IMAGE_GAIN * x).sum((2, 3))
         vectors = [y0, *labels] + ([] if va is None else [va])
         features = [self.image_features(maps), *(stream(v) for stream, v in zip(self.vectors, vectors, strict=True))]

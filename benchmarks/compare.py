@@ -146,7 +146,8 @@ SUITES["toy-multitask-40"] = {
 NO_AFFINE = "--rotate 0 --shift 0 --zoom 0"
 SUITES["ferplus-multitask"] = {
     "title": "FERPlus, 32 px, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
-    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --warm-up 1 --epochs 30 --lambda 0.2",
+    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 "
+    "--warm-up 1 --epochs 30 --lambda 0.2",
     "seeds": (1,),
     "rows": [
         Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
@@ -182,7 +183,7 @@ KNOWN = (
     "faces/judge",
     "faces/spread",
 )
-NAMES = {"accuracy/test_mean_class": "class mean", "ccc/last5": "CCC, last5"}
+NAMES = {"accuracy/test_mean_class": "mean class accuracy", "ccc/last5": "CCC, last5"}
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
 
@@ -214,8 +215,9 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     """How good the faces of a run of jointgan.py are, `count` of each class; nothing for a run without decoder.
 
     faces/recognised: share that a network trained on the data set's own labels gives the class they were made for.
-    faces/judge: its mean class accuracy on the real test faces. faces/spread: the standard deviation of the made faces within a class,
-    mean over pixels and classes, as a share of that of real faces: one frozen face for each class has 0.
+    faces/judge: its mean class accuracy on the real test faces. faces/spread: the standard deviation of the generated
+    faces within a class, mean over pixels and classes, as a share of that of real faces: one frozen face for each class
+    has 0.
     """
     import jointgan
 
@@ -226,7 +228,8 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
         return {}
     judge = Path(args.out) / "judge" / f"{run.data}-{run.size}px"
     if not (judge / "model.pt").exists():
-        flags = f"--data {run.data} --size {run.size} --batch-size {run.batch_size} {PLAIN} --networks 1 --epochs {6 if run.data == 'toy' else 15}"
+        flags = f"--data {run.data} --size {run.size} --batch-size {run.batch_size} {PLAIN} --networks 1"
+        flags += f" --epochs {6 if run.data == 'toy' else 15}"
         flags += f" --classes {run.classes}" if run.classes else ""
         if importlib.import_module("cocuring").main(
             [
@@ -246,7 +249,7 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     train, _, sets = jointgan.load_label_sets(run)
     y0 = torch.randn(len(classes) * count, run.noise_dim, generator=common.generator_of("score", run.seed))
     labels, va = torch.arange(len(classes)).repeat_interleave(count), jointgan.class_va(train)
-    made = jointgan.make_faces(
+    made = jointgan.generate_faces(
         decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run
     )
     probs, _ = load_model(judge / "model.pt", device)[1](made)
@@ -336,9 +339,10 @@ def write_docs() -> None:
     text = [
         "# Results",
         "",
-        "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on the test set as in",
-        "most papers; `last5` the mean of the last five epochs; `final` the last one; class mean is that of the last one; CCC the mean of both dimensions.",
-        "`passes`: forward-backward passes that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
+        "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on",
+        "the test set as in most papers; `last5` the mean of the last five epochs; `final` the last one; mean class",
+        "accuracy is that of the last one; CCC the mean of both dimensions. `passes`: forward-backward passes that an image",
+        "makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
     ]
     for suite, what in SUITES.items():
         rows = records(suite)
@@ -359,7 +363,8 @@ def write_docs() -> None:
         tags = [tag for tag in KNOWN if any(tag in run for _, runs in rows for run in runs)]
         text += [
             "",
-            "What the methods know of the noise, and what else they log; last epoch, per cent (`negative/classes`, `loss/cross_entropy`: as they are):",
+            "What the methods know of the noise, and what else they log; last epoch, per cent (`negative/classes`, "
+            "`loss/cross_entropy`: as they are):",
             "",
             "| | " + " | ".join(tags) + " |",
             "|---" * (len(tags) + 1) + "|",

@@ -1,15 +1,17 @@
 """The papers' figures, drawn from finished runs: each subcommand takes run folders (runs/<name>) and writes one PNG.
 
-python benchmarks/figures.py weights CLEAN NOISY CURED   # SCN, Fig. 3: the weights of the same training faces in three runs
-python benchmarks/figures.py gradcam RUN [RUN ...]       # NCCTFER, Fig. 8: where the networks look; green correct, red wrong
-python benchmarks/figures.py tsne RUN                    # the features of the test faces in the plane (needs scikit-learn)
-python benchmarks/figures.py votes RUN                   # FERPlus: the most suspicious labels of a run beside the annotators' votes
-python benchmarks/figures.py scalar TAG RUN [RUN ...]    # any scalar of metrics.jsonl against the epoch, as loss/cross_entropy
-python benchmarks/figures.py plane RUN --label neutral   # jointgan.py: faces generated over the plane of valence and arousal
-python benchmarks/figures.py between RUN happiness anger # jointgan.py: faces generated on the way from one class to another
+    python benchmarks/figures.py weights CLEAN NOISY CURED     # SCN, Fig. 3: weights of the same faces in three runs
+    python benchmarks/figures.py gradcam RUN [RUN ...]         # NCCTFER, Fig. 8: where the networks look
+    python benchmarks/figures.py tsne RUN                      # features of the test faces (needs scikit-learn)
+    python benchmarks/figures.py votes RUN                     # FERPlus: suspicious labels beside the votes
+    python benchmarks/figures.py scalar TAG RUN [RUN ...]      # a scalar of metrics.jsonl against the epoch
+    python benchmarks/figures.py plane RUN --label neutral     # jointgan.py: faces over valence and arousal
+    python benchmarks/figures.py between RUN happiness anger   # jointgan.py: faces from one class to another
 
-for run in "--noise 0 --name clean" "--noise 0.2 --no-relabel --name noisy" "--noise 0.2 --name cured"; do python scn.py --data toy $run; done
-python benchmarks/figures.py weights runs/clean runs/noisy runs/cured
+    for run in "--noise 0 --name clean" "--noise 0.2 --no-relabel --name noisy" "--noise 0.2 --name cured"; do
+        python scn.py --data toy $run
+    done
+    python benchmarks/figures.py weights runs/clean runs/noisy runs/cured
 """
 
 import argparse
@@ -31,6 +33,7 @@ from support.figures import faces, new_figure  # noqa: E402
 from support.runs import Parser, positive_int, reports_errors  # noqa: E402
 
 import common  # noqa: E402
+import jointgan  # noqa: E402
 from common import UserError  # noqa: E402
 
 
@@ -95,8 +98,8 @@ def weights_figure(folders: list[Path], columns: int):
 def grad_cam(network: nn.Module, head: nn.Linear, x: Tensor, smallest: int = 6) -> tuple[Tensor, Tensor]:
     """Grad-CAM (Selvaraju et al., 2017, Eqs. 1-2) of the predicted class, scaled to [0, 1], and the softmax outputs.
 
-    x: (N, 3, H, W). Taken at the deepest part of the backbone whose map is `smallest` pixels wide or more: the last stage
-    of a ResNet has 7 at 224 px, as in the papers, but 2 at 48 px. Returns (N, H, W) and (N, C).
+    x: (N, 3, H, W). Taken at the deepest part of the backbone whose map is `smallest` pixels wide or more: the last
+    stage of a ResNet has 7 at 224 px, as in the papers, but 2 at 48 px. Returns (N, H, W) and (N, C).
     """
     kept = {}
 
@@ -208,10 +211,12 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     given = np.array([classes.index(row["given"]) for row in rows])
     share = counts[np.arange(len(rows)), given] / counts.sum(1)
     print(
-        f"{folder}, {len(rows):,} images: rank correlation of suspicion with the entropy of the votes {rank_correlation(score, entropy):.3f}"
+        f"{folder}, {len(rows):,} images: rank correlation of suspicion with the entropy of the votes "
+        f"{rank_correlation(score, entropy):.3f}"
     )
     print(
-        f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, {share.mean():.2f} in all; entropy {entropy[:count].mean():.2f} and {entropy.mean():.2f}"
+        f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, "
+        f"{share.mean():.2f} in all; entropy {entropy[:count].mean():.2f} and {entropy.mean():.2f}"
     )
     captions = []
     for row, counted in zip(rows[:count], counts):
@@ -235,7 +240,8 @@ def scalar_figure(tag: str, folders: list[Path]):
         points = [(line["epoch"], line[tag]) for line in lines if tag in line]
         if not points:
             raise UserError(
-                f"{folder}: no {tag} in metrics.jsonl; there are {', '.join(sorted(lines[-1]) if lines else ['no lines'])}"
+                f"{folder}: no {tag} in metrics.jsonl; there are "
+                f"{', '.join(sorted(lines[-1]) if lines else ['no lines'])}"
             )
         axes.plot(*zip(*points), label=folder.name)
     axes.legend(fontsize=8)
@@ -246,8 +252,6 @@ class Maker:
     """The decoder of a run of jointgan.py, and what its faces are made of."""
 
     def __init__(self, folder: Path):
-        import jointgan
-
         state = common.load_checkpoint(folder / "model.pt")
         if state["method"] != "jointgan":
             raise UserError(f"{folder}: a run of {state['method']}; only jointgan.py generates faces")
@@ -266,7 +270,7 @@ class Maker:
         return torch.eye(len(self.classes))[self.classes.index(name)]
 
     def faces(self, y0: Tensor, labels: Tensor, va: Tensor | None) -> Tensor:
-        return jointgan.make_faces(self.decoder, y0, labels, va, self.sets, self.args)
+        return jointgan.generate_faces(self.decoder, y0, labels, va, self.sets, self.args)
 
 
 def plane_figure(folder: Path, label: str, columns: int = 9):

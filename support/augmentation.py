@@ -1,7 +1,7 @@
 """Augmentation of batches on their device, drawn per sample.
 
-`draw` is what common.Loader hands out: draw(name) gives uniform numbers in [0, 1), float32 (B,). Letters in shapes: B the
-batch, C channels, H and W pixels.
+`draw` is what common.Loader hands out: draw(name) gives uniform numbers in [0, 1), float32 (B,). Letters in shapes:
+B the batch, C channels, H and W pixels.
 """
 
 import functools
@@ -19,7 +19,7 @@ def random_flip(images: Tensor, u: Tensor) -> Tensor:
 
 
 def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
-    """Pad (B, C, H, W) with `pad` black pixels on each side and cut the old size out, at an offset given by u and v (B,)."""
+    """Pad (B, C, H, W) with `pad` black pixels on each side; cut the old size out, at an offset given by u and v (B,)."""
     n, c, h, w = images.shape
     rows = (u * (2 * pad + 1)).long()[:, None] + torch.arange(h, device=images.device)  # (B, H)
     columns = (v * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=images.device)  # (B, W)
@@ -31,7 +31,7 @@ def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
 
 
 def grey_of(images: Tensor) -> Tensor:
-    """Luma (B, 1, H, W) of images (B, C, H, W), C = 1 or 3, with the weights of ITU-R BT.601 as Pillow and torchvision."""
+    """Luma (B, 1, H, W) of images (B, C, H, W), C = 1 or 3: weights of ITU-R BT.601, as Pillow and torchvision."""
     if images.shape[1] == 1:
         return images
     return (images * constant((0.2989, 0.587, 0.114), images.device)).sum(1, keepdim=True)
@@ -40,8 +40,8 @@ def grey_of(images: Tensor) -> Tensor:
 def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
     """Scale brightness, then contrast about the mean grey, then saturation; each factor (B,), 1 changes nothing.
 
-    images: float (B, C, H, W) in [0, 255]; clamped there after each step. The operations are torchvision's; the order is
-    fixed, where its ColorJitter draws one.
+    images: float (B, C, H, W) in [0, 255]; clamped there after each step. The operations are torchvision's; the order
+    is fixed, where its ColorJitter draws one.
     """
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
     images = (images * brightness).clamp(0, 255)
@@ -67,7 +67,7 @@ def augment(images: Tensor, draw, crop: int = 0, jitter: float = 0.0) -> Tensor:
 
 
 def random_affine(images: Tensor, draw, degrees: float, shift: float, zoom: float) -> Tensor:
-    """Rotate, shift and zoom about the centre, drawn per sample from +- degrees, +- shift (share of the size), 1 +- zoom.
+    """Rotate, shift and zoom about the centre, drawn per sample: +- degrees, +- shift (share of the size), 1 +- zoom.
 
     images: (B, C, H, W) with H = W, bilinear, black outside. Returns float32.
     """
@@ -114,8 +114,8 @@ def rand_augment(images: Tensor, draw, layers: int = 2, magnitude: int = 10) -> 
 def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int = 10) -> Tensor:
     """One operation for each image, equal to torchvision's on that image alone.
 
-    images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of the
-    operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not its
+    images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of
+    the operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not its
     own leave it as it is.
     """
     step = {name: operation == number for number, name in enumerate(OPERATIONS)}
@@ -214,6 +214,6 @@ def blurred(images: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
-    """uint8 of ratio * images + (1 - ratio) * other, clamped and truncated as in torchvision. ratio: (B,), 1 changes nothing."""
+    """uint8 of ratio * images + (1 - ratio) * other, clamped and truncated as in torchvision. ratio: (B,)."""
     ratio = ratio[:, None, None, None]
     return (ratio.float() * images + (1 - ratio).float() * other).clamp(0, 255).to(torch.uint8)

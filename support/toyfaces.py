@@ -1,8 +1,8 @@
 """Cartoon faces with an expression, a valence and an arousal: a data set that needs no download.
 
-Seven expressions in RAF-DB's order and with a long tail like RAF-DB's, drawn with Pillow out of seven features (mouth curve,
-opening and width, brow height and tilt, eye opening, nose wrinkle). Identity, skin, hair, glasses, an occluding patch,
-background, light and rotation are nuisance. A face depends on (seed, split, index) alone. It is easy enough that a
+Seven expressions in RAF-DB's order and with a long tail like RAF-DB's, drawn with Pillow out of seven features (mouth
+curve, opening and width, brow height and tilt, eye opening, nose wrinkle). Identity, skin, hair, glasses, an occluding
+patch, background, light and rotation are nuisance. A face depends on (seed, split, index) alone. It is easy enough that a
 ResNet-18 learns it in a few epochs from scratch, and large enough that it memorises wrong labels afterwards.
 
     python support/toyfaces.py                                 # toyfaces.png: a contact sheet, a row per class
@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
-# RAF-DB's training set, but for fear, 281 there: that would be 57 of 2,500 faces, too few to be learned from noisy labels.
+# RAF-DB's training set, but for fear, 281 there: that would be 57 of 2,500 faces, too few to learn from noisy labels.
 FREQUENCIES = np.array([1290, 500, 717, 4772, 1982, 705, 2524]) / 12490
 SPLITS = {"train": 2500, "valid": 800, "test": 800}
 
-# Mouth curve (1 smile, -1 frown), opening and width; brow height and tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
+# Mouth curve (1 smile, -1 frown), opening, width; brow height, tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
 FEATURES = np.array(
     [
         [0.00, 1.00, 0.45, 1.00, 0.00, 1.45, 0.00],  # surprise: round open mouth, high brows, wide eyes
@@ -48,8 +48,8 @@ def expression(split: str, index: int, seed: int = 0, difficulty: float = 0.0, l
     """
     part = list(SPLITS).index(split)
     if label is None:
-        # Multiples of the golden ratio spread evenly over [0, 1): the first n faces have n times FREQUENCIES of each class,
-        # to a face or two, where independent draws would leave the rarest class to chance.
+        # Multiples of the golden ratio spread evenly over [0, 1): the first n faces have n times FREQUENCIES of each
+        # class, to a face or two, where independent draws would leave the rarest class to chance.
         place = (np.random.default_rng([seed, part]).random() + index * (5**0.5 - 1) / 2) % 1
         label = min(int(np.searchsorted(FREQUENCIES.cumsum(), place, side="right")), len(CLASSES) - 1)
     rng = np.random.default_rng([seed, part, index])
@@ -63,7 +63,7 @@ def expression(split: str, index: int, seed: int = 0, difficulty: float = 0.0, l
 
 
 def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty: float = 0.0, label: int | None = None):
-    """Draw face number `index` of a split: uint8 (size, size, 3), its label and its valence and arousal (see `expression`).
+    """Draw face number `index` of a split: uint8 (size, size, 3), its label, valence and arousal (see `expression`).
 
     difficulty in [0, 1]: 1 draws smaller, paler and subtler faces with thinner strokes, more blending and more clutter.
     label: the expression to draw; by default drawn by FREQUENCIES.
@@ -71,7 +71,7 @@ def draw_face(split: str, index: int, seed: int = 0, size: int = 48, difficulty:
     label, va, features, rng = expression(split, index, seed, difficulty, label)
     curve, opening, width, brow_height, brow_tilt, eye, wrinkle = features
 
-    # Drawn at twice the size, box-filtered down: strokes keep fractional widths. Lengths below are shares of the half face.
+    # Drawn at twice the size, box-filtered down: strokes keep fractional widths. Lengths are shares of the half face.
     s = 2 * size
     background = np.clip(rng.integers(60, 210) + rng.normal(0, 15, 3), 0, 255).astype(int)
     image = Image.new("RGB", (s, s), tuple(background.tolist()))

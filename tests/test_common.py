@@ -3,9 +3,12 @@
 import threading
 import time
 import zipfile
+from functools import partial
 
 from support import runs
+from support.augmentation import augment, rand_augment
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -73,6 +76,24 @@ def test_images_on_another_device_are_streamed_by_a_thread_that_ends():
     for _ in streamed.batches(torch.arange(7), common.batch_slices(7, 2)):
         break  # leaving early stops the thread too
     assert threading.active_count() == before
+
+
+WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=WITHOUT_GPU)])
+def test_images_that_do_not_fit_are_streamed_from_the_file_and_give_the_same_batches(device, tmp_path):
+    np.save(tmp_path / "images.npy", images(50))
+    mapped = torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="c"))
+    epochs = []
+    for share in (1 / 3, 0):
+        kept = common.Images(mapped, 24, device, share=share)
+        assert kept.resident == (share > 0)
+        loader = common.Loader(kept, 8, 1, partial(augment, crop=3, jitter=0.2), partial(rand_augment, layers=2))
+        epochs.append([(*views, index) for views, index in loader.epoch(1)] + [tuple(kept)])
+    for whole, streamed in zip(*epochs, strict=True):
+        assert all(a.device.type == b.device.type and torch.equal(a, b) for a, b in zip(whole, streamed, strict=True))
+    assert epochs[1][0][0].device.type == device.type and len(epochs[1]) == 8
 
 
 def test_reading_ahead_keeps_the_order_and_its_depth():

@@ -161,9 +161,6 @@ def test_what_a_loader_is_asked_for(record):
         same = (x - plain[index]).abs().amax((1, 2, 3)) < 1e-4
         mirrored = (x - plain[index].flip(-1)).abs().amax((1, 2, 3)) < 1e-4
         assert (same | mirrored).all()
-    _, epochs, _ = record(cocuring, *COCURING, "--oversample")
-    counts = torch.bincount(given[torch.cat([index for _, index in epochs[0]])], minlength=CLASSES)
-    assert counts.max() - counts.min() <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,6 +365,9 @@ def ema_update(averaged, network, decay, steps):
 CYCLE = ["--warm-up", "1", "--epochs", "5", "--lr", "0.01", "--head-lr", "0.003", "--crop", "2", "--ema", "0.7"]
 
 
+CONFIDENT = ["--epochs", "14", "--lr", "0.03", "--head-lr", "0.1", "--warm-up", "5"]  # enough for pseudo-labels
+
+
 def plain_division(probs, given, cycle, args):
     """Who keeps the label, who may have a pseudo-label, and the margins, sample by sample."""
     n = len(given)
@@ -403,7 +403,7 @@ def plain_division(probs, given, cycle, args):
         [],
         ["--rebalance", "logits"],
         ["--no-semi"],
-        ["--alpha", "1", "--pseudo-weight", "0.5", "--consistency-weight", "0.7", "--margin-scale", "0.1"],
+        ["--consistency-weight", "0.7", *CONFIDENT, "--alpha", "1", "--pseudo-weight", "0.5", "--margin-scale", "0.9"],
     ],
 )
 def test_the_cycle_divides_and_trains(record, flags):
@@ -448,10 +448,34 @@ def test_the_cycle_divides_and_trains(record, flags):
         found = [line[f"loss/{name}"] for name in ("labelled", "pseudo", "consistency")]
         assert found == pytest.approx(sums.tolist(), rel=1e-3, abs=1e-6)
     assert logged[-1]["labelled/share"] < 1
+    if "--pseudo-weight" in flags:
+        assert any(line["loss/pseudo"] > 0 for line in logged)
     same_weights(averaged, folder)
     with torch.no_grad():
         z = averaged.eval()(toy_inputs("test", args))
     assert logged[-1]["accuracy/test"] == pytest.approx(accuracy(z, args))
+
+
+@pytest.mark.parametrize("cycle", [0, 1, 4])
+@pytest.mark.parametrize(
+    "flags", [[], ["--alpha", "1"], ["--rebalance", "none"], ["--margin-scale", "1"], ["--no-detect"]]
+)
+def test_a_division_sample_by_sample(cycle, flags):
+    args = twostage.parse_args(["--detect-by", "confidence", *flags])
+    generator = torch.Generator().manual_seed(cycle)
+    given = torch.multinomial(torch.tensor([8.0, 4, 2, 1, 1, 1, 1]), 300, replacement=True, generator=generator)
+    probs = (
+        6 * torch.rand(300, CLASSES, generator=generator) + 7 * nn.functional.one_hot(given.roll(3), CLASSES)
+    ).softmax(1)
+    probs[100:] = (
+        3 * torch.rand(200, CLASSES, generator=generator) + 5 * nn.functional.one_hot(given[100:], CLASSES)
+    ).softmax(1)
+    division = twostage.divide(probs, given, cycle, args)
+    kept, admitted, margins, _ = plain_division(probs, given, cycle, args)
+    assert division.labelled.tolist() == kept and division.admitted.tolist() == admitted
+    assert division.margins.tolist() == pytest.approx(margins, rel=1e-5)
+    if cycle and not flags:
+        assert 0 < sum(admitted) < 300 - sum(kept)  # the rates refuse some
 
 
 def test_the_cycle_balances_the_labels_that_it_keeps(record):
@@ -464,3 +488,12 @@ def test_the_cycle_balances_the_labels_that_it_keeps(record):
         assert len(drawn) == 48 and once >= round(48 * (1 - share))  # the others are drawn once each
     counts = torch.bincount(given[torch.cat([index for _, index in epochs[0]])], minlength=CLASSES)
     assert counts.max() - counts.min() <= 1  # before the first cycle all labels are kept
+
+
+@pytest.mark.parametrize("script, flags", [(cocuring, COCURING), (scn, SCN), (ncctfer, NCCTFER)])
+def test_oversampling_draws_every_class_as_often(record, script, flags):
+    args, epochs, _ = record(script, *flags, "--oversample")
+    given = toy_labels(args)[0]
+    for batches in epochs:
+        counts = torch.bincount(given[torch.cat([index for _, index in batches])], minlength=CLASSES)
+        assert counts.max() - counts.min() <= 1
