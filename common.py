@@ -153,7 +153,7 @@ def load_pretrained(model: nn.Module, path) -> int:
     path = Path(path)
     if path.suffix == ".pkl":
         how = "{k: torch.from_numpy(v) for k, v in pickle.load(open(f, 'rb'), encoding='latin1').items()}"
-        raise UserError(f"{path}: a pickle is not safe; convert it where you trust it: torch.save({how}, 'weights.pth')")
+        raise UserError(f"{path}: a pickle is unsafe; convert it where you trust it: torch.save({how}, 'weights.pth')")
     state = load_checkpoint(path)
     if isinstance(state.get("networks"), list):  # heads have other names in every method
         state = {key: value for key, value in state["networks"][0].items() if key.startswith("backbone.")}

@@ -20,7 +20,16 @@ from support import figures
 from support.augmentation import augment
 from support.datasets import load_data
 from support.inference import use_checkpoint
-from support.runs import Parser, Run, add_data_args, add_training_args, auroc, number, parse_with_presets, reports_errors
+from support.runs import (
+    Parser,
+    Run,
+    add_data_args,
+    add_training_args,
+    auroc,
+    number,
+    parse_with_presets,
+    reports_errors,
+)
 
 import torch
 import torch.nn.functional as F

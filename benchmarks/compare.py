@@ -146,8 +146,8 @@ SUITES["toy-multitask-40"] = {
 NO_AFFINE = "--rotate 0 --shift 0 --zoom 0"
 SUITES["ferplus-multitask"] = {
     "title": "FERPlus, 32 px, 10,000 images, label sets of 30 and 40 % symmetric noise (one seed: provisional)",
-    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 "
-    "--warm-up 1 --epochs 30 --lambda 0.2",
+    "flags": "--data ferplus --limit 10000 --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 "
+    "--beta1 0.5 --warm-up 1 --epochs 30 --lambda 0.2",
     "seeds": (1,),
     "rows": [
         Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
@@ -339,10 +339,10 @@ def write_docs() -> None:
     text = [
         "# Results",
         "",
-        "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected on",
-        "the test set as in most papers; `last5` the mean of the last five epochs; `final` the last one; mean class",
-        "accuracy is that of the last one; CCC the mean of both dimensions. `passes`: forward-backward passes that an image",
-        "makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
+        "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch, selected",
+        "on the test set as in most papers; `last5` the mean of the last five epochs; `final` the last one; mean class",
+        "accuracy is that of the last one; CCC the mean of both dimensions. `passes`: forward-backward passes that an",
+        "image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
     ]
     for suite, what in SUITES.items():
         rows = records(suite)

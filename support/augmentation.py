@@ -19,7 +19,7 @@ def random_flip(images: Tensor, u: Tensor) -> Tensor:
 
 
 def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
-    """Pad (B, C, H, W) with `pad` black pixels on each side; cut the old size out, at an offset given by u and v (B,)."""
+    """Pad (B, C, H, W) with `pad` black pixels on each side; cut the old size out, at an offset by u and v (B,)."""
     n, c, h, w = images.shape
     rows = (u * (2 * pad + 1)).long()[:, None] + torch.arange(h, device=images.device)  # (B, H)
     columns = (v * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=images.device)  # (B, W)
@@ -115,8 +115,8 @@ def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude:
     """One operation for each image, equal to torchvision's on that image alone.
 
     images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of
-    the operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not its
-    own leave it as it is.
+    the operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not
+    its own leave it as it is.
     """
     step = {name: operation == number for number, name in enumerate(OPERATIONS)}
     ratio = 1 + bin_of(0.9, magnitude) * sign.double()  # of brightness, color, contrast, sharpness; (B,)

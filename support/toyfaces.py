@@ -2,8 +2,8 @@
 
 Seven expressions in RAF-DB's order and with a long tail like RAF-DB's, drawn with Pillow out of seven features (mouth
 curve, opening and width, brow height and tilt, eye opening, nose wrinkle). Identity, skin, hair, glasses, an occluding
-patch, background, light and rotation are nuisance. A face depends on (seed, split, index) alone. It is easy enough that a
-ResNet-18 learns it in a few epochs from scratch, and large enough that it memorises wrong labels afterwards.
+patch, background, light and rotation are nuisance. A face depends on (seed, split, index) alone. It is easy enough that
+a ResNet-18 learns it in a few epochs from scratch, and large enough that it memorises wrong labels afterwards.
 
     python support/toyfaces.py                                 # toyfaces.png: a contact sheet, a row per class
     python support/toyfaces.py --difficulty 1 --out hard.png   # the subtlest faces
@@ -20,7 +20,7 @@ CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neut
 FREQUENCIES = np.array([1290, 500, 717, 4772, 1982, 705, 2524]) / 12490
 SPLITS = {"train": 2500, "valid": 800, "test": 800}
 
-# Mouth curve (1 smile, -1 frown), opening, width; brow height, tilt (1 inner ends up, -1 down); eye opening; nose wrinkle.
+# Mouth curve (1 smile, -1 frown), opening, width; brow height, tilt (1 inner ends up); eye opening; nose wrinkle.
 FEATURES = np.array(
     [
         [0.00, 1.00, 0.45, 1.00, 0.00, 1.45, 0.00],  # surprise: round open mouth, high brows, wide eyes
