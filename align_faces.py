@@ -1,9 +1,10 @@
-"""Find, align and crop the faces of a folder of photographs: what has to come before training or prediction on one's own.
+"""Find, align and crop the faces of a folder of photographs: what comes before training or prediction on one's own.
 
-MTCNN (K. Zhang et al., "Joint Face Detection and Alignment using Multitask Cascaded Convolutional Networks", 2016, package
-mtcnn) finds boxes and five landmarks; a similarity transform (rotation, scale, shift) brings the landmarks onto a template.
-The crops lie in the same tree of folders, so class folders stay class folders. faces.csv has a row for every photograph,
-also for those without a face and those that cannot be read. Stopped at any moment, the same command goes on.
+MTCNN (K. Zhang et al., "Joint Face Detection and Alignment using Multitask Cascaded Convolutional Networks", 2016,
+package mtcnn) finds boxes and five landmarks; a similarity transform (rotation, scale, shift) brings the landmarks onto
+a template. The crops lie in the same tree of folders, so class folders stay class folders. faces.csv has a row for
+every photograph, also for those without a face and those that cannot be read. Stopped at any moment, the same command
+goes on.
 
     pip install -r requirements-align.txt                        # the detector needs TensorFlow
     python align_faces.py photos/ --out faces/
@@ -29,8 +30,11 @@ from tqdm import tqdm  # noqa: E402
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 COLUMNS = ("source", "output", "box", "landmarks", "confidence", "status")
 POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left and right as seen by the viewer
-# Where they come to lie in a crop of side 1 without margin: the template of ArcFace (J. Deng et al., CVPR 2019), 112 px there.
-TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]) / 112
+# Where they come to lie in a crop of side 1 without margin: the template of ArcFace (J. Deng et al., CVPR 2019), 112 px
+# there.
+TEMPLATE = (
+    np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]) / 112
+)
 
 
 class UserError(ValueError):
@@ -38,20 +42,55 @@ class UserError(ValueError):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("align_faces.py", description="Find, align and crop the faces of a folder of photographs.")
+    parser = argparse.ArgumentParser(
+        "align_faces.py", description="Find, align and crop the faces of a folder of photographs."
+    )
     parser.add_argument("photos", type=Path, help="folder of photographs, searched at any depth")
     parser.add_argument("--out", type=Path, default=Path("faces"), help="folder of the crops (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="pixels of the square crops (default: %(default)s)")
-    parser.add_argument("--margin", type=float, default=0.2, help="room around the template, as a share of it: 0 is the tight crop of face recognition (default: %(default)s)")
-    parser.add_argument("--face", choices=("largest", "central", "all"), default="largest", help="which face of a photograph with several (default: %(default)s)")
-    parser.add_argument("--min-confidence", type=float, default=0.9, help="faces that the detector is less sure of are passed over (default: %(default)s)")
-    parser.add_argument("--detect-size", type=int, default=1024, help="photographs are shrunk to this longer side for detection, not for the crop (default: %(default)s)")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.2,
+        help="room around the template, as a share of it: 0 is face recognition's tight crop (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--face",
+        choices=("largest", "central", "all"),
+        default="largest",
+        help="which face of a photograph with several (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        default=0.9,
+        help="faces that the detector is less sure of are passed over (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--detect-size",
+        type=int,
+        default=1024,
+        help="photographs are shrunk to this longer side for detection, not for the crop (default: %(default)s)",
+    )
     parser.add_argument("--format", choices=("jpg", "png"), default="jpg", help="of the crops (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, each with a detector of its own (default: the number of cores, %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes, each with a detector of its own (default: the number of cores, %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="do everything anew")
     args = parser.parse_args(argv)
-    if args.size < 16 or args.detect_size < 64 or args.workers < 1 or not 0 <= args.margin <= 5 or not 0 <= args.min_confidence <= 1:
-        parser.error("--size is at least 16, --detect-size 64, --workers 1; --margin lies in [0, 5], --min-confidence in [0, 1]")
+    if (
+        args.size < 16
+        or args.detect_size < 64
+        or args.workers < 1
+        or not 0 <= args.margin <= 5
+        or not 0 <= args.min_confidence <= 1
+    ):
+        parser.error(
+            "--size is at least 16, --detect-size 64, --workers 1; --margin lies in [0, 5], --min-confidence in [0, 1]"
+        )
     return args
 
 
@@ -68,7 +107,8 @@ def template(size: int, margin: float) -> np.ndarray:
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The rotation, scale and shift A, float64 (2, 3), that minimises sum |A (x, y, 1) - (x', y')|^2.
 
-    source, target: (N, 2), N >= 2 and not all one point. (With points as complex numbers z, it is linear: z' = a z + b.)
+    source, target: (N, 2), N >= 2 and not all one point. (With points as complex numbers z, it is linear: z' = a z +
+    b.)
     """
     z, w = (points[:, 0] + 1j * points[:, 1] for points in (np.asarray(source, float), np.asarray(target, float)))
     centred = z - z.mean()
@@ -78,7 +118,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def crop(image: Image.Image, landmarks: np.ndarray, size: int, margin: float) -> Image.Image:
-    """The aligned face: `image` (RGB) seen so that `landmarks` (5, 2), in its pixels, lie on the template; black outside."""
+    """The aligned face: `image` (RGB) seen so that `landmarks` (5, 2), in its pixels, on the template, else black."""
     matrix = similarity(landmarks, template(size, margin))
     shrink = max(1, int(1 / np.hypot(matrix[0, 0], matrix[1, 0])))
     if shrink > 1:  # Pillow's transform does not filter: shrink first
@@ -95,7 +135,12 @@ def choose(faces: list[dict], which: str, width: int, height: int) -> list[dict]
     if which == "largest":
         return by_size[:1]
     x, y = width / 2, height / 2
-    return [min(by_size, key=lambda face: np.hypot(face["box"][0] + face["box"][2] / 2 - x, face["box"][1] + face["box"][3] / 2 - y))]
+    return [
+        min(
+            by_size,
+            key=lambda face: np.hypot(face["box"][0] + face["box"][2] / 2 - x, face["box"][1] + face["box"][3] / 2 - y),
+        )
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,14 +163,23 @@ def start_worker() -> None:
 def find_faces(image: Image.Image, args) -> list[dict]:
     """box (x, y, width, height), landmarks (5, 2) and confidence of each face, in pixels of the whole image."""
     scale = min(1.0, args.detect_size / max(image.size))
-    small = image if scale == 1 else image.resize([max(1, round(side * scale)) for side in image.size], Image.BILINEAR, reducing_gap=2)
+    small = (
+        image
+        if scale == 1
+        else image.resize([max(1, round(side * scale)) for side in image.size], Image.BILINEAR, reducing_gap=2)
+    )
     if min(small.size) < 24:  # the detector's own smallest face is 20 pixels
         return []
     found = []
     for face in detector.detect_faces(np.asarray(small)):
         if face["confidence"] >= args.min_confidence:
-            found.append(dict(box=[value / scale for value in face["box"]], confidence=float(face["confidence"]),
-                              landmarks=np.array([face["keypoints"][point] for point in POINTS], float) / scale))
+            found.append(
+                dict(
+                    box=[value / scale for value in face["box"]],
+                    confidence=float(face["confidence"]),
+                    landmarks=np.array([face["keypoints"][point] for point in POINTS], float) / scale,
+                )
+            )
     return found
 
 
@@ -144,7 +198,9 @@ def align(job: tuple[str, str], args) -> list[dict]:
         path = args.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        crop(image, face["landmarks"], args.size, args.margin).save(temporary, "JPEG" if args.format == "jpg" else "PNG", quality=95)
+        crop(image, face["landmarks"], args.size, args.margin).save(
+            temporary, "JPEG" if args.format == "jpg" else "PNG", quality=95
+        )
         os.replace(temporary, path)  # a file that is there is whole
         numbers = {key: " ".join(f"{value:.1f}" for value in np.ravel(face[key])) for key in ("box", "landmarks")}
         rows.append(row | numbers | {"output": name, "confidence": f"{face['confidence']:.4f}", "status": "ok"})
@@ -157,29 +213,40 @@ def align(job: tuple[str, str], args) -> list[dict]:
 
 
 def list_jobs(args) -> list[tuple[str, str]]:
-    """(source, output) of every photograph, relative paths; photographs of one name but two suffixes keep the suffix."""
+    """(source, output) of every photograph, relative paths; those of one name but two suffixes keep the suffix."""
     if not args.photos.is_dir():
         raise UserError(f"{args.photos}: no such folder")
     if args.photos.resolve() in (args.out.resolve(), *args.out.resolve().parents):
         raise UserError(f"--out {args.out} lies in {args.photos}: the crops would be taken for photographs")
-    sources = [p.relative_to(args.photos) for p in sorted(args.photos.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    sources = [
+        p.relative_to(args.photos)
+        for p in sorted(args.photos.rglob("*"))
+        if p.suffix.lower() in SUFFIXES and p.is_file()
+    ]
     if not sources:
         raise UserError(f"{args.photos}: no photographs ({', '.join(SUFFIXES)}) in it")
     stems = [source.with_suffix("") for source in sources]
     count = {stem: stems.count(stem) for stem in set(stems)} if len(set(stems)) < len(stems) else {}
-    names = [stem.as_posix() + (f"_{source.suffix[1:].lower()}" if count.get(stem, 1) > 1 else "") for source, stem in zip(sources, stems)]
+    names = [
+        stem.as_posix() + (f"_{source.suffix[1:].lower()}" if count.get(stem, 1) > 1 else "")
+        for source, stem in zip(sources, stems)
+    ]
     return [(source.as_posix(), f"{name}.{args.format}") for source, name in zip(sources, names)]
 
 
 def read_manifest(path: Path, out: Path) -> dict[str, list[dict]]:
-    """The rows of each photograph that is done: its crops are there, or there are none. A line cut by a kill is passed over."""
+    """The rows of each photograph that is done: its crops are there, or there are none. A cut line is passed over."""
     rows: dict[str, list[dict]] = {}
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if tuple(row) == COLUMNS and row["status"]:
                     rows.setdefault(row["source"], []).append(row)
-    return {source: found for source, found in rows.items() if all(not row["output"] or (out / row["output"]).exists() for row in found)}
+    return {
+        source: found
+        for source, found in rows.items()
+        if all(not row["output"] or (out / row["output"]).exists() for row in found)
+    }
 
 
 def write_manifest(path: Path, rows: dict[str, list[dict]]) -> None:
@@ -193,13 +260,18 @@ def write_manifest(path: Path, rows: dict[str, list[dict]]) -> None:
 
 def check_settings(args) -> None:
     """Crops of two kinds never lie in one folder: faces.json says which kind it is."""
-    settings = {key: getattr(args, key) for key in ("size", "margin", "face", "min_confidence", "detect_size", "format")} | {"photos": str(args.photos.resolve())}
+    settings = {
+        key: getattr(args, key) for key in ("size", "margin", "face", "min_confidence", "detect_size", "format")
+    } | {"photos": str(args.photos.resolve())}
     note = args.out / "faces.json"
     if note.exists() and not args.overwrite:
         before = json.loads(note.read_text())
         for key, value in settings.items():
             if before.get(key) != value:
-                raise UserError(f"{args.out} was made with {key} {before.get(key)}, not {value}: --overwrite does it anew, --out FOLDER makes another")
+                raise UserError(
+                    f"{args.out} was made with {key} {before.get(key)}, not {value}: "
+                    "--overwrite does it anew, --out FOLDER makes another"
+                )
     args.out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -262,10 +334,15 @@ def run(args) -> None:
 
     every = [row for source, _ in jobs for row in rows[source]]
     done = [row for row in every if row["status"] == "ok"]
-    none, bad = ([row["source"] for row in every if row["status"].startswith(status)] for status in ("no face", "unreadable"))
+    none, bad = (
+        [row["source"] for row in every if row["status"].startswith(status)] for status in ("no face", "unreadable")
+    )
     if done:
         contact_sheet(args, done).save(args.out / "faces.png")
-    print(f"{len(jobs):,} photographs: {len(done):,} faces in {args.out}, {len(none):,} without a face, {len(bad):,} unreadable; {manifest}")
+    print(
+        f"{len(jobs):,} photographs: {len(done):,} faces in {args.out}, {len(none):,} without a face, "
+        f"{len(bad):,} unreadable; {manifest}"
+    )
     for what, names in (("no face", none), ("unreadable", bad)):
         for name in names[:20]:
             print(f"  {what}: {name}")

@@ -20,6 +20,7 @@ from functools import partial
 from support.augmentation import augment
 from support.datasets import load_data
 from support.inference import use_checkpoint
+from support.networks import Classifier, parameter_groups, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
 
 import torch
@@ -124,7 +125,7 @@ def make_networks(args, num_classes: int, inputs: Tensor | None = None) -> nn.Mo
     networks = nn.ModuleList()
     for k in range(1, args.networks + 1):
         torch.manual_seed(common.seed_of("network", k, args.seed))
-        networks.append(common.Classifier(*common.make_backbone(args, inputs), num_classes))
+        networks.append(Classifier(*common.make_backbone(args, inputs), num_classes))
     if args.pretrained != "none" and args.networks == 2:
         print("both networks start from the same backbone; only their heads differ")
     return networks
@@ -132,7 +133,7 @@ def make_networks(args, num_classes: int, inputs: Tensor | None = None) -> nn.Mo
 
 def make_optimizer(networks, args):
     """Adam over both networks (it works on each parameter alone), learning rates times --decay an epoch (Sec. 4.2)."""
-    optimizer = torch.optim.Adam(common.parameter_groups(networks, args), fused=True)
+    optimizer = torch.optim.Adam(parameter_groups(networks, args), fused=True)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 
@@ -183,7 +184,7 @@ def restore(states: list[dict], args, num_classes: int, device):
     """The trained networks as a function of images, see support/inference.py."""
     networks = make_networks(args, num_classes)
     for network, state in zip(networks, states, strict=True):
-        common.to_device(network, device, args).load_state_dict(state)
+        to_device(network, device, args).load_state_dict(state)
     return lambda images: (predict(networks, common.Images(images, args.size, device), args).mean(0).cpu(), None)
 
 
@@ -202,7 +203,7 @@ def main(argv=None) -> int:
         current = given.clone()
         networks = make_networks(args, len(train.classes), next(iter(images)))
         for network in networks:
-            common.to_device(network, device, args)
+            to_device(network, device, args)
         optimizer, scheduler = make_optimizer(networks, args)
 
         parts = dict(networks=networks, optimizer=optimizer, scheduler=scheduler, labels=current)

@@ -44,7 +44,6 @@ class Processes:
     share = 1.0  # of the samples of the current step, those of this process
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the processes."""
         return values
 
     def assigned(self, values: Tensor, index: Tensor, last: Tensor) -> None:
@@ -79,8 +78,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes bf16 natively."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    about = Path("/proc/cpuinfo")
-    flags = about.read_text() if device.type == "cpu" and about.exists() else ""
+    flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -93,26 +91,6 @@ def autocast(device: torch.device, precision: str):
 # Networks that end in a layer `fc`.
 BACKBONES = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 PRETRAINED = {}  # names and suffixes of --pretrained in a format of a backbone's own -> that backbone
-
-
-class Head(nn.Linear):
-    """A linear layer in float32 whatever the precision of the backbone: in bf16 many probabilities would be equal."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features.float())
-
-
-class Classifier(nn.Module):
-    """A backbone and a linear head: images (N, 3, H, W) -> logits (N, C), float32."""
-
-    def __init__(self, backbone: nn.Module, width: int, num_classes: int):
-        super().__init__()
-        self.backbone = backbone
-        self.head = Head(width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
 
 
 def backbone_of(pretrained: str) -> str | None:
@@ -146,9 +124,9 @@ def make_backbone(args, inputs: Tensor | None = None) -> tuple[nn.Module, int]:
 def load_pretrained(model: nn.Module, path) -> int:
     """Load the backbone of a checkpoint into `model`; returns the number of tensors loaded.
 
-    Read are plain torchvision state dicts, {'state_dict': ...} and this project's model.pt (backbone of its first
-    network). The prefixes "module." and "backbone." are stripped, classification layers dropped. Every backbone tensor
-    of the model must be there in its shape, and none may be left over: otherwise UserError, which lists both key sets.
+    Read are plain torchvision state dicts, {'state_dict': ...} and this project's model.pt (its first network). The
+    prefixes "module." and "backbone." are stripped, classification layers dropped. Every backbone tensor of the model
+    must be there in its shape, and none may be left over: otherwise UserError, which lists both key sets.
     """
     path = Path(path)
     if path.suffix == ".pkl":
@@ -206,21 +184,6 @@ def load_checkpoint(path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of weights")
     return state
-
-
-def to_device(network: nn.Module, device: torch.device, args) -> nn.Module:
-    """The network on the device, in the memory layout that is fast for convolutions; compiled with --compile."""
-    network = network.to(device, memory_format=torch.channels_last)
-    if getattr(args, "compile", False):
-        network.compile()
-    return network
-
-
-def parameter_groups(networks: list[nn.Module], args) -> list[dict]:
-    """Two groups for an optimiser: backbones at the learning rate --lr, all other parameters at --head-lr."""
-    named = [item for network in networks for item in network.named_parameters()]
-    groups = [[p for name, p in named if name.startswith("backbone.") == backbone] for backbone in (True, False)]
-    return [dict(params=groups[0], lr=args.lr), dict(params=groups[1], lr=args.head_lr)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from support import figures
 from support.augmentation import augment, random_affine
 from support.datasets import Index, inject, load_data, read_labels, read_va
 from support.inference import use_checkpoint
+from support.networks import to_device
 from support.runs import (
     Parser,
     Run,
@@ -628,7 +629,7 @@ def load_networks(states: list[dict], args, num_classes: int, device):
     sets = sum(key.startswith("labels.") and key.endswith(".weight") for key in states[0])
     networks = make_networks(args, num_classes, sets, "va.weight" in states[0])
     for network, state in zip(filter(None, networks), states, strict=True):
-        common.to_device(network, device, args).load_state_dict(state)
+        to_device(network, device, args).load_state_dict(state)
     return networks
 
 
@@ -694,7 +695,7 @@ def main(argv=None) -> int:
         va = None if train.va is None else train.va.to(device)
         networks = make_networks(args, len(train.classes), len(sets), va is not None)
         for network in filter(None, networks):
-            common.to_device(network, device, args)
+            to_device(network, device, args)
         encoder, decoder, discriminator = networks
         optimizers = make_optimizers(networks, args)
         picture = partial(figure_of_generated_faces, decoder, train, len(sets), args, device)

@@ -18,9 +18,9 @@ from functools import partial
 
 from support import figures
 from support.augmentation import augment, rand_augment
-from support.averaging import Averaged
 from support.datasets import load_data
 from support.inference import use_checkpoint
+from support.networks import Averaged, Head, parameter_groups, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
 
 import torch
@@ -134,8 +134,8 @@ class TwoHeads(nn.Module):
     def __init__(self, backbone: nn.Module, width: int, num_classes: int):
         super().__init__()
         self.backbone = backbone
-        self.positive = common.Head(width, num_classes)
-        self.negative = common.Head(width, num_classes)
+        self.positive = Head(width, num_classes)
+        self.negative = Head(width, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) -> logits of the positive and of the negative head, float32 (N, C) each."""
@@ -156,7 +156,7 @@ def make_network(args, num_classes: int, inputs: Tensor | None = None) -> TwoHea
 
 def make_optimizer(network, args):
     """Adam (Sec. 4.2), learning rates times --decay after each epoch."""
-    optimizer = torch.optim.Adam(common.parameter_groups([network], args), fused=True)
+    optimizer = torch.optim.Adam(parameter_groups([network], args), fused=True)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 
@@ -221,7 +221,7 @@ def predict(network, inputs, args) -> Tensor:
 
 def restore(states: list[dict], args, num_classes: int, device):
     """The trained network as a function of images, see support/inference.py."""
-    network = common.to_device(make_network(args, num_classes), device, args)
+    network = to_device(make_network(args, num_classes), device, args)
     (state,) = states
     network.load_state_dict(state)
     return lambda images: (predict(network, common.Images(images, args.size, device), args).cpu(), None)
@@ -242,7 +242,7 @@ def main(argv=None) -> int:
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)
         loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
-        network = common.to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
         optimizer, scheduler = make_optimizer(network, args)
         parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
         averaged = chosen = None

@@ -20,6 +20,7 @@ from support import figures
 from support.augmentation import augment
 from support.datasets import load_data
 from support.inference import use_checkpoint
+from support.networks import Head, parameter_groups, to_device
 from support.runs import (
     Parser,
     Run,
@@ -158,8 +159,8 @@ class SCN(nn.Module):
     def __init__(self, backbone: nn.Module, width: int, num_classes: int, margin: float):
         super().__init__()
         self.backbone = backbone
-        self.head = common.Head(width, num_classes)
-        self.attention = common.Head(width, 1)  # in float32: bf16 would rank many alphas equal
+        self.head = Head(width, num_classes)
+        self.attention = Head(width, 1)  # in float32: bf16 would rank many alphas equal
         self.margin = nn.Parameter(torch.tensor(margin))  # delta_1; trained with --learn-margin only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,7 @@ def make_network(args, num_classes: int, inputs: Tensor | None = None) -> SCN:
 
 def make_optimizer(network, args):
     """SGD by the paper's schedule, or Adam as in cocuring.py; a learned margin has the heads' learning rate."""
-    groups = common.parameter_groups([network], args)
+    groups = parameter_groups([network], args)
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
         return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
@@ -245,7 +246,7 @@ def predict(network, inputs, args) -> tuple[Tensor, Tensor]:
 
 def restore(states: list[dict], args, num_classes: int, device):
     """The trained network as a function of images, see support/inference.py."""
-    network = common.to_device(make_network(args, num_classes), device, args)
+    network = to_device(make_network(args, num_classes), device, args)
     (state,) = states
     network.load_state_dict(state)
     return lambda images: (predict(network, common.Images(images, args.size, device), args)[0].cpu(), None)
@@ -264,7 +265,7 @@ def main(argv=None) -> int:
         loader = common.Loader(images, args.batch_size, args.seed, view)
         given = train.labels.to(device)
         current = given.clone()
-        network = common.to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
         optimizer, scheduler = make_optimizer(network, args)
 
         for epoch in run.epochs(train, test, network=network, optimizer=optimizer, scheduler=scheduler, labels=current):

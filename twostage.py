@@ -20,9 +20,9 @@ from functools import partial
 
 from support import figures
 from support.augmentation import augment, rand_augment
-from support.averaging import Averaged
 from support.datasets import load_data
 from support.inference import use_checkpoint
+from support.networks import Averaged, Classifier, parameter_groups, to_device
 from support.runs import (
     Parser,
     Run,
@@ -261,15 +261,15 @@ def unlabelled_losses(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_network(args, num_classes: int, inputs: Tensor | None = None) -> common.Classifier:
+def make_network(args, num_classes: int, inputs: Tensor | None = None) -> Classifier:
     """inputs: see make_backbone."""
     torch.manual_seed(common.seed_of("network", 1, args.seed))
-    return common.Classifier(*common.make_backbone(args, inputs), num_classes)
+    return Classifier(*common.make_backbone(args, inputs), num_classes)
 
 
 def make_optimizer(network, args):
     """Adam, learning rates times --decay after each epoch."""
-    optimizer = torch.optim.Adam(common.parameter_groups([network], args), fused=True)
+    optimizer = torch.optim.Adam(parameter_groups([network], args), fused=True)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 
@@ -385,7 +385,7 @@ def predict(network, inputs, args) -> Tensor:
 
 def restore(states: list[dict], args, num_classes: int, device):
     """The trained network as a function of images, see support/inference.py."""
-    network = common.to_device(make_network(args, num_classes), device, args)
+    network = to_device(make_network(args, num_classes), device, args)
     (state,) = states
     network.load_state_dict(state)
     return lambda images: (predict(network, common.Images(images, args.size, device), args).cpu(), None)
@@ -404,7 +404,7 @@ def main(argv=None) -> int:
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)
         loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
-        network = common.to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
         averaged = Averaged(network, args.ema)
         optimizer, scheduler = make_optimizer(network, args)
 

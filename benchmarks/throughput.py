@@ -1,150 +1,640 @@
-"""What the data path costs, and what each method costs: time per training step, kinds interleaved.
+"""How fast each method trains, what the data path costs, and what each part of it is worth.
 
-    python benchmarks/throughput.py data --data toy
-    python benchmarks/throughput.py data --data ferplus --root data/ferplus
-    python benchmarks/throughput.py methods --data toy
+    python benchmarks/throughput.py --quick           # all sections, small: under 2 minutes on 2 cores
+    python benchmarks/throughput.py                   # all sections: hours on 2 cores, minutes on a GPU
+    python benchmarks/throughput.py --only methods --methods scn --sizes 224 --batch-sizes 256
+    python benchmarks/throughput.py --write           # only write the tables of docs/speed.md and the pictures anew
 
-data: Co-curing's step (two networks, both losses, one optimiser). "real" draws the batch from the data set, augments and
-normalises it; "synthetic" takes one random, normalised batch that lies on the device already. "loader" is the same step
-fed in the style of the published codes: a DataLoader that decodes files with PIL and augments one image at a time.
-methods: the training loop of each script as it stands, against that of one plain network.
-Reported are the median of the paired ratios and, as their noise, those of the first kind to itself ("again").
+Data are photographs made here, as many and as large as RAF-DB's: JPEGs of toy faces, 100 pixels. A script's own main is
+called up to its first epoch; then its own train_one_epoch is timed with batches from three sources. "loader": the
+project's loader, which augments. "synthetic": one random batch that lies on the device. "reference": in the style of
+the published codes, a DataLoader with workers that decode, resize and augment one image at a time with Pillow, for
+networks in float32 and PyTorch's own memory layout, an optimiser that is not fused, and one host synchronisation a
+step.
+
+Kinds that are compared take turns. Reported are medians over the rounds, medians of the ratios within a round, and as
+their noise the range of those ratios, that of the first kind to itself ("again") among them. In each measurement the
+first step is not timed.
 """
 
+import argparse
+import contextlib
+import functools
+import importlib
 import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cocuring  # noqa: E402 - found through the line above
+from support import networks, toyfaces  # noqa: E402 - found through the line above
+from support.augmentation import augment  # noqa: E402
+from support.datasets import read_index  # noqa: E402
+from support.decoding import decode  # noqa: E402
+from support.figures import new_figure  # noqa: E402
+from support.runs import number, reports_errors  # noqa: E402
+
 import common  # noqa: E402
-import ncctfer  # noqa: E402
-import scn  # noqa: E402
+from common import UserError  # noqa: E402
 
-STEPS, ROUNDS = 8, 5
+RESULTS, DOCS = ROOT / "benchmarks" / "results" / "speed", ROOT / "docs"
+METHODS = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef train_one_epoch(" in path.read_text())
+SECTIONS = ("loaders", "methods", "switches", "batches", "growth", "command")
+FACES, PIXELS = 12271, 100  # as RAF-DB's training set
 
 
-class Files(torch.utils.data.Dataset):
-    """The training images as encoded files in memory (no disk is measured), decoded and augmented one at a time."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Photographs, and their batches in three ways
+# ----------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, train, size):
-        self.files, self.labels = [], train.labels
-        for image in train.images[: STEPS * 256]:
-            buffer = io.BytesIO()
-            Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy()).save(buffer, "PNG")
-            self.files.append(buffer.getvalue())
-        self.transform = T.Compose([T.Resize((size, size)), T.RandomHorizontalFlip(), T.ColorJitter(0.2, 0.2, 0.2), T.ToTensor(), T.Normalize(common.MEAN, common.STD)])
+
+def make_photographs(root: Path, count: int) -> None:
+    """RAF-DB's layout with `count` training and 64 test images: at most 500 different toy faces, repeated."""
+    folder, lines = root / "Image" / "aligned", []
+    folder.mkdir(parents=True)
+    (root / "EmoLabel").mkdir()
+    files = []
+    for i in range(min(count, 500)):
+        face, label, _ = toyfaces.draw_face("train", i, size=PIXELS)
+        buffer = io.BytesIO()
+        Image.fromarray(face).save(buffer, "JPEG", quality=95)
+        files.append((buffer.getvalue(), label + 1))
+    for name, i in [*((f"train_{i:05d}", i) for i in range(count)), *((f"test_{i:04d}", i) for i in range(64))]:
+        content, label = files[i % len(files)]
+        (folder / f"{name}_aligned.jpg").write_bytes(content)
+        lines.append(f"{name}.jpg {label}\n")
+    (root / "EmoLabel" / "list_patition_label.txt").write_text("".join(lines))
+
+
+class Single(torch.utils.data.Dataset):
+    """One image at a time: opened by open_one(i), transformed; a list of transforms makes as many views."""
+
+    def __init__(self, count: int, open_one, transforms: list):
+        self.count, self.open_one, self.transforms = count, open_one, transforms
 
     def __len__(self):
-        return len(self.files)
+        return self.count
 
     def __getitem__(self, i):
-        return self.transform(Image.open(io.BytesIO(self.files[i])).convert("RGB")), self.labels[i]
+        image = self.open_one(i)
+        views = tuple(transform(image) for transform in self.transforms)
+        return views if len(views) > 1 else views[0], i
 
 
-def time_data(argv) -> None:
-    args = cocuring.parse_args(argv)
-    device = common.find_device(args.device)
-    train, _ = common.load_data(args)
-    slices = common.batch_slices(len(train.labels), args.batch_size)[:STEPS]
-    pixels, labels = common.Pixels(train.images, device), train.labels.to(device)
-    networks = cocuring.make_networks(args, len(train.classes), device)
-    optimizer = torch.optim.Adam([p for n in networks for p in n.parameters()], lr=1e-5, fused=True)
-    random_batch = torch.randn(args.batch_size, 3, args.size, args.size, device=device).contiguous(memory_format=torch.channels_last)
-    random_labels = torch.randint(len(train.classes), (args.batch_size,), device=device)
-    loader = torch.utils.data.DataLoader(Files(train, args.size), args.batch_size, shuffle=True, num_workers=torch.get_num_threads(), drop_last=True)
-
-    def real():
-        plan = common.EpochPlan(len(labels), args.seed, 1, device)
-        for part, index, images in pixels.batches(plan.order, slices):
-            yield common.network_input(common.augment(images, plan, part, args.crop, args.jitter), args.size), labels[index]
-
-    def synthetic():
-        for _ in slices:
-            yield random_batch, random_labels
-
-    def loaded():
-        for step, (x, y) in enumerate(loader):
-            if step == len(slices):
-                return
-            yield x.to(device), y.to(device)
-
-    def seconds(batches) -> float:
-        began, count = time.perf_counter(), 0
-        for x, y in batches:
-            with common.autocast(device, args.precision):
-                logits = [network(x) for network in networks]
-            loss = sum(cocuring.peer_losses(*(z.float() for z in logits), y, 0.5))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            count += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - began) / count
-
-    kinds = {"synthetic": synthetic, "real": real, "synthetic again": synthetic, "loader": loaded}
-    print(f"{args.data}, {args.size} px, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {ROUNDS} rounds of {len(slices)} steps")
-    report({kind: (lambda batches=batches: seconds(batches())) for kind, batches in kinds.items()})
+def single_transforms(loader: common.Loader) -> list:
+    """What published codes do in a worker: resize, flip, jitter; with two views RandAugment in the second."""
+    size, mean, std = (loader.images.to_input.keywords[key] for key in ("size", "mean", "std"))
+    end = [T.ToTensor(), T.Normalize(mean, std)]
+    start = [T.Resize((size, size)), T.RandomHorizontalFlip()]
+    if loader.strong is None:
+        return [T.Compose([*start, T.ColorJitter(0.2, 0.2, 0.2), *end])]
+    return [T.Compose([*start, T.RandomCrop(size, 4), *more, *end]) for more in ([], [T.RandAugment(2, 10)])]
 
 
-def time_methods(argv) -> None:
-    flags = {"one network": (cocuring, "--networks 1 --lambda-max 0 --no-relabel"), "SCN": (scn, "--relabel-from 1"), "NCCTFER": (ncctfer, "--warm-up 1"),
-             "NCCTFER, no negative head": (ncctfer, "--warm-up 1 --no-negative"), "two networks": (cocuring, "--lambda-max 0 --no-relabel"), "Co-curing": (cocuring, "--t-warm 0")}
-    steps = {}
-    for kind, (script, more) in flags.items():
-        args = script.parse_args([*argv, *more.split()])
-        device = common.find_device(args.device)
-        train, _ = common.load_data(args)
-        slices = common.batch_slices(len(train.labels), args.batch_size)[:STEPS]
-        pixels, given = common.Pixels(train.images, device), train.labels.to(device)
-        plan, classes = common.EpochPlan(len(given), args.seed, 1, device), len(train.classes)
-        networks = script.make_networks(args, classes, device) if script is cocuring else [script.make_network(args, classes, device)]
-        optimizer = torch.optim.Adam([p for n in networks for p in n.parameters()], lr=1e-5, fused=True)
-        rest = {cocuring: (networks, optimizer, pixels, slices, plan, given, given.clone(), 1, args),
-                scn: (networks[0], optimizer, pixels, slices, plan, given.clone(), 1, args),
-                ncctfer: (networks[0], optimizer, pixels, slices, plan, given, None, 1, train.classes, args)}[script]
-
-        def step(script=script, rest=rest):
-            began = time.perf_counter()
-            script.train_one_epoch(*rest)  # ends with the losses on the host
-            return (time.perf_counter() - began) / len(slices)
-
-        steps[kind] = step
-    print(f"{args.data}, {args.size} px, batch {args.batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {ROUNDS} rounds of {len(slices)} steps")
-    report(steps | {"one network again": steps["one network"]})
+def worker_batches(dataset: Single, batch_size: int, device):
+    """Batches of a DataLoader on the device, shuffled, without end."""
+    workers = min(os.cpu_count(), 16)
+    while True:
+        loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True,
+                                             pin_memory=device.type == "cuda")
+        for views, index in loader:
+            if isinstance(views, list):
+                yield [view.to(device, non_blocking=True) for view in views], index
+            else:
+                yield views.to(device, non_blocking=True), index
 
 
-def report(kinds: dict) -> None:
-    """Call the kinds, functions that return seconds a step, in turn, and print their times against the first one's."""
+class Undecoded:
+    """Images that are decoded again for each batch, by threads; stands for common.Images in a Loader."""
+
+    def __init__(self, images: common.Images, sources: list):
+        self.device, self.to_input, self.sources = images.device, images.to_input, sources
+        self.size = (images.images.shape[-1], images.images.shape[-2])
+
+    def __len__(self):
+        return len(self.sources)
+
+    def batches(self, order: Tensor, slices: list[slice]):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            def read(part):
+                images = pool.map(lambda i: decode(self.sources[i], self.size, False), order[part].tolist())
+                return torch.from_numpy(np.stack(list(images)))
+
+            for part, images in zip(slices, common.read_ahead(read, slices)):
+                yield part, order[part], images.to(self.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A script at the start of its first epoch
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Begun(BaseException):
+    """Ends a script's main where its first epoch begins."""
+
+
+class Task:
+    """A script's train_one_epoch with the arguments that its main gives it, to be run with any batches."""
+
+    def __init__(self, method: str, argv: list[str], reference: bool = False, layout=None, fused: bool = True):
+        """reference: networks in PyTorch's memory layout, an optimiser that is not fused, a synchronisation a step."""
+        script, loaders, honest = importlib.import_module(method), [], common.Loader.__init__
+        self.train, self.reference = script.train_one_epoch, reference
+
+        def begin(*args, **options):
+            self.args, self.options = args, options
+            raise Begun
+
+        def remember(loader, *args, **options):
+            honest(loader, *args, **options)
+            loaders.append(loader)
+
+        script.train_one_epoch, common.Loader.__init__ = begin, remember
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                status = script.main(argv)
+            raise UserError(f"{method}.py {' '.join(argv)} ended before its first epoch, with status {status}")
+        except Begun:
+            pass
+        finally:
+            script.train_one_epoch, common.Loader.__init__ = self.train, honest
+        self.loader, self.flags = loaders[0], next(a for a in self.args if isinstance(a, argparse.Namespace))
+        self.device, self.batch_size = self.loader.images.device, self.flags.batch_size
+        parts = [part for a in self.args for part in (a if isinstance(a, (list, tuple)) else [a])]
+        self.optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
+        for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
+            group["lr"] = 1e-6  # random images would drive the weights to infinity
+            group["fused"] = fused and not reference
+        self.layout = torch.contiguous_format if reference else layout
+        if self.layout:
+            for network in (part for part in parts if isinstance(part, nn.Module)):
+                network.to(memory_format=self.layout)
+
+    def run(self, batches) -> None:
+        """One epoch over the batches; ends with the scalars on the host."""
+        self.train(*(batches if hasattr(a, "gi_frame") else a for a in self.args), **self.options)
+
+    def own_batches(self, images=None):
+        """From the project's loader, epoch after epoch; images: in the place of its own."""
+        kept, self.loader.images = self.loader.images, images or self.loader.images
+        try:
+            for epoch in itertools.count(1):
+                yield from self.loader.epoch(epoch)
+        finally:
+            self.loader.images = kept
+
+    def synthetic_batches(self):
+        """One random batch on the device, again and again."""
+        x, index = next(self.own_batches())
+        index = index[: self.batch_size]
+
+        def noise(view):
+            return torch.randn_like(view[: self.batch_size]).contiguous(memory_format=torch.channels_last)
+
+        x = tuple(map(noise, x)) if isinstance(x, tuple) else noise(x)
+        while True:
+            yield x, index
+
+    def reference_batches(self, sources: list):
+        single = Single(len(self.loader.images), lambda i: Image.open(sources[i]).convert("RGB"),
+                        single_transforms(self.loader))
+        return worker_batches(single, self.batch_size, self.device)
+
+    def measure(self, batches, steps: int) -> tuple[float, int]:
+        """Seconds and images of `steps` steps, after one that is not timed."""
+        began, images, weight = 0.0, 0, self.optimizers[0].param_groups[0]["params"][0]
+
+        def timed():
+            nonlocal began, images
+            for k, (x, index) in enumerate(itertools.islice(batches, steps + 1)):
+                if self.layout:
+                    x = tuple(v.contiguous(memory_format=self.layout) for v in x) if isinstance(x, (tuple, list)) else (
+                        x.contiguous(memory_format=self.layout))
+                yield x, index
+                if self.reference:
+                    weight.flatten()[0].item()
+                if k == 0:
+                    began = wait(self.device)
+                else:
+                    images += len(index)
+
+        self.run(timed())
+        seconds = wait(self.device) - began
+        batches.close()
+        return seconds, images
+
+
+def wait(device) -> float:
+    """The time, when the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def compare(kinds: dict, rounds: int) -> dict:
+    """Let the kinds, functions that return seconds and images, take turns; name -> numbers, the ratio to the first.
+
+    ratio: time for an image over that of the first kind in the same round: median, lowest and highest.
+    """
     first = next(iter(kinds))
-    for run in kinds.values():
-        run()  # warm-up
-    times = {kind: [] for kind in kinds}
-    for _ in range(ROUNDS):
-        for kind, run in kinds.items():
-            times[kind].append(run())
-    for kind, values in times.items():
-        ratios = [a / b for a, b in zip(values, times[first])]
-        print(f"{kind:26} {1000 * statistics.median(values):7.1f} ms a step   ratio to {first}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    kinds = {**kinds, f"{first}, again": kinds[first]}
+    times, order = {name: [] for name in kinds}, list(kinds)
+    for number_ in range(rounds + 1):
+        for name in order:
+            seconds, images = kinds[name]()
+            if number_:  # the first round warms up
+                times[name].append(seconds / images)
+        order.reverse()
+    result = {}
+    for name, values in times.items():
+        ratios = sorted(a / b for a, b in zip(values, times[first]))
+        per_image = statistics.median(values)
+        result[name] = {"images/s": 1 / per_image, "ratio": [statistics.median(ratios), ratios[0], ratios[-1]]}
+    return result
 
 
-@common.reports_errors
+class Peak:
+    """`with Peak(device) as peak`: then peak.bytes, the most memory of the device, or of this process on the CPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif os.path.exists("/proc/self/clear_refs"):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        return self
+
+    def __exit__(self, *error):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        elif os.path.exists("/proc/self/status"):
+            self.bytes = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        else:
+            self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the highest ever; its unit is the system's
+
+
+def matrix_rate(device, size: int) -> float:
+    """Floating-point operations a second of a product of square matrices, bf16 where it is native; the best of ten."""
+    kind = torch.bfloat16 if common.has_bf16(device) else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        began = wait(device)
+        a @ b
+        best = min(best, wait(device) - began)
+    return 2 * size**3 / best
+
+
+def operations(task: Task) -> float:
+    """Floating-point operations of training on one image, of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        task.run(itertools.islice(task.synthetic_batches(), 1))
+    return counter.get_total_flops() / task.batch_size
+
+
+class Bench:
+    """The sections; each returns a list of rows, plain values by name."""
+
+    def __init__(self, options, folder: Path):
+        self.options, self.folder, self.device = options, folder, common.find_device(options.device)
+        self.rate, self.made = matrix_rate(self.device, 8192 if self.device.type == "cuda" else 1024), 0
+
+    def task(self, method: str, size: int, batch_size: int, *flags, **settings) -> Task:
+        """images: no more than the steps need, for some methods predict on all of them first."""
+        if method == "jointgan":  # it needs a power of two
+            size = max(64, 1 << (size - 1).bit_length())
+        count = min(self.options.images, batch_size * (self.options.steps + 3))
+        argv = [*self.data(count), "--size", str(size), "--batch-size", str(batch_size), "--warm-up", "0",
+                "--device", self.options.device, "--out", str(self.folder / "runs"), "--name", f"run{self.made}",
+                "--oversample" if batch_size > count else "--no-oversample", *flags]
+        self.made += 1
+        task = Task(method, argv, **settings)
+        index = read_index(task.flags, "train")
+        task.sources = index.sources[: len(task.loader.images)]
+        return task
+
+    def data(self, count: int) -> list[str]:
+        """The options of a data set of so many photographs, which are made when they are first asked for."""
+        root = self.folder / f"photographs{count}"
+        if not root.exists():
+            make_photographs(root, count)
+        return ["--data", "raf", "--root", str(root), "--cache", str(self.folder / "cache")]
+
+    def sources_of(self, task: Task, reference: Task) -> dict:
+        """The three kinds of a method."""
+        steps = self.options.steps
+        return {
+            "synthetic": lambda: task.measure(task.synthetic_batches(), steps),
+            "loader": lambda: task.measure(task.own_batches(), steps),
+            "reference": lambda: reference.measure(reference.reference_batches(reference.sources), steps),
+        }
+
+    def methods(self):
+        for size, method in itertools.product(self.options.sizes, self.options.methods):
+            batch_size = self.options.batch_sizes[0]
+            task = self.task(method, size, batch_size)
+            reference = self.task(method, size, batch_size, "--precision", "fp32", reference=True)
+            with Peak(self.device) as peak:
+                task.measure(task.own_batches(), 2)
+            row = {"method": method, "size": task.flags.size, "batch": batch_size, "peak": peak.bytes}
+            row |= {"kinds": compare(self.sources_of(task, reference), self.options.rounds)}
+            row["share"] = operations(task) * row["kinds"]["loader"]["images/s"] / self.rate
+            yield row
+
+    def loaders(self):
+        """The data path alone: batches that nobody trains on."""
+        for size in self.options.sizes:
+            task = self.task("scn", size, self.options.batch_sizes[0])
+
+            def consume(make, task=task):
+                batches, images = make(), 0
+                next(batches)
+                began = wait(self.device)
+                for _, index in itertools.islice(batches, self.options.steps):
+                    images += len(index)
+                seconds = wait(self.device) - began
+                batches.close()
+                return seconds, images
+
+            kinds = {
+                "loader": lambda task=task, consume=consume: consume(task.own_batches),
+                "reference": lambda task=task, consume=consume: consume(lambda: task.reference_batches(task.sources)),
+            }
+            yield {"size": size, "batch": task.batch_size, "kinds": compare(kinds, self.options.rounds)}
+
+    def switches(self):
+        """One part of the data path or of the step changed at a time; ratio: what that does to the time of a step."""
+        size, batch_size, steps = self.options.sizes[-1], self.options.batch_sizes[0], self.options.steps
+        task = self.task("scn", size, batch_size)
+        plain, slow = self.task("scn", size, batch_size, "--precision", "fp32"), torch.contiguous_format
+        layout, single = self.task("scn", size, batch_size, layout=slow), self.task("scn", size, batch_size, fused=False)
+        undecoded = Undecoded(task.loader.images, task.sources)
+        keywords = task.loader.images.to_input.keywords
+        mapped = common.Images(task.loader.images.images.cpu(), size, self.device, keywords["mean"], keywords["std"], 0)
+        arrays = task.loader.images.images.permute(0, 2, 3, 1).cpu().numpy()
+        one_by_one = Single(len(arrays), lambda i: Image.fromarray(arrays[i]), single_transforms(task.loader))
+        kinds = {
+            "as it is": lambda: task.measure(task.own_batches(), steps),
+            "without the cache: decoded for each batch": lambda: task.measure(task.own_batches(undecoded), steps),
+            "images streamed to the device": lambda: task.measure(task.own_batches(mapped), steps),
+            "augmented one by one in workers": lambda: task.measure(
+                worker_batches(one_by_one, batch_size, self.device), steps),
+            "float32": lambda: plain.measure(plain.own_batches(), steps),
+            "PyTorch's own memory layout": lambda: layout.measure(layout.own_batches(), steps),
+            "optimiser not fused": lambda: single.measure(single.own_batches(), steps),
+        }
+        if self.options.compile:
+            compiled = self.task("scn", size, batch_size, "--compile")
+            kinds["compiled"] = lambda: compiled.measure(compiled.own_batches(), steps)
+        yield {"method": "scn", "size": size, "batch": batch_size, "kinds": compare(kinds, self.options.rounds)}
+
+    def batches(self):
+        """Images a second and memory against the batch size; a size that the memory does not hold ends the row."""
+        for size in self.options.sizes:
+            for batch_size in self.options.batch_sizes[1:]:
+                try:
+                    task = self.task("scn", size, batch_size)
+                    with Peak(self.device) as peak:
+                        task.measure(task.own_batches(), 1)
+                    kinds = {"loader": lambda task=task: task.measure(task.own_batches(), self.options.steps)}
+                    found = compare(kinds, self.options.rounds)["loader"]
+                except torch.OutOfMemoryError:
+                    break
+                yield {"size": size, "batch": batch_size, "images/s": found["images/s"], "peak": peak.bytes}
+
+    def growth(self):
+        """An epoch of all but the network: order, batches, augmentation, relabelling, metrics, prediction."""
+        size, device = 48, self.device
+        faces = torch.stack([torch.from_numpy(toyfaces.draw_face("train", i)[0]) for i in range(100)]).permute(0, 3, 1, 2)
+        for count in self.options.growth:
+            with Peak(device) as peak:
+                images = common.Images(faces.repeat(-(-count // 100), 1, 1, 1)[:count].contiguous(), size, device)
+                loader = common.Loader(images, 128, 1, functools.partial(augment, crop=4, jitter=0.2))
+                labels, network = torch.zeros(count, dtype=torch.int64, device=device), nn.AdaptiveAvgPool2d(1)
+                seconds = []
+                for epoch in (1, 2, 3):
+                    began, means = wait(device), common.Means()
+                    for x, index in loader.epoch(epoch, balance=labels):
+                        index = index.to(device, non_blocking=True)
+                        new = (network(x)[:, :, 0, 0] > 0).sum(1)
+                        means.add("relabel", changed=common.assign(labels, index, new))
+                    means.result()
+                    torch.cat([network(x) for x in images])
+                    seconds.append(wait(device) - began)
+            yield {"images": count, "seconds": statistics.median(seconds), "peak": peak.bytes}
+
+    def command(self):
+        """A whole command, from its start to its last file: decoding, training, testing, pictures."""
+        gpu = self.device.type == "cuda"
+        flags = ["--size", "224", "--epochs", "40"] if gpu else ["--size", "48", "--epochs", "2"]
+        flags = ["--size", "48", "--epochs", "1", "--batch-size", "32"] if self.options.quick else flags
+        flags += ["--device", self.options.device, "--name", "command"]
+        data = [*self.data(self.options.images), "--out", str(self.folder / "runs")]
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, str(ROOT / "cocuring.py"), *data, *flags], capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            raise UserError(f"cocuring.py {' '.join(flags)}: {done.stderr.strip()}")
+        lines = (self.folder / "runs" / "command" / "metrics.jsonl").read_text().splitlines()
+        epochs = sum(json.loads(line)["seconds"] for line in lines)
+        command = f"cocuring.py --data raf {' '.join(flags[:-4])}"
+        yield {"command": command, "images": self.options.images, "seconds": seconds, "epochs": epochs}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def machine(device) -> dict:
+    """What the numbers belong to; other processes show in the load, the mean number of them that ran."""
+    about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    names = re.findall(r"model name\s*: (.*)", about) or [platform.processor() or platform.machine()]
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"gpu": gpu, "cpu": names[0], "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "bf16": common.has_bf16(device), "torch": torch.__version__, "load": round(os.getloadavg()[0], 1)}
+
+
+def table(header: str, rows: list[list[str]]) -> list[str]:
+    """A table in Markdown; header: the columns, separated by |."""
+    return [f"| {header} |", "|---" * (header.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def times(kind: dict, upside_down: bool = False) -> str:
+    """The ratio of a kind, with its range."""
+    middle, low, high = (1 / r for r in kind["ratio"]) if upside_down else kind["ratio"]
+    low, high = sorted((low, high))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def page_of(record: dict) -> list[str]:
+    """The lines of docs/speed.md for one machine."""
+    about, sections = record["machine"], record["sections"]
+    where = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
+    lines = [f"### {where}", "", f"torch {about['torch']}, {'bf16' if about['bf16'] else 'float32'}, "
+             f"{about['threads']} threads, {record['rounds']} rounds of {record['steps']} steps, load at the start "
+             f"{about['load']}{', `--quick`' if record['quick'] else ''}. {record['rate'] / 1e12:.2f} TFLOP/s in a product "
+             "of matrices.", ""]
+
+    def speed(kind):
+        return f"{kind['images/s']:,.0f}"
+
+    if rows := sections.get("methods"):
+        lines += table("method | pixels | batch | images/s | ms a step | loader / synthetic | again | reference, images/s |"
+                       " times as fast | memory | of the matrix rate", [
+            [r["method"], str(r["size"]), str(r["batch"]), speed(k["loader"]),
+             f"{1000 * r['batch'] / k['loader']['images/s']:.1f}", times(k["loader"]), times(k["synthetic, again"]),
+             speed(k["reference"]), f"{k['loader']['images/s'] / k['reference']['images/s']:.2f}",
+             f"{r['peak'] / 2**30:.2f} GiB", f"{r['share']:.0%}"] for r in rows for k in [r["kinds"]]])
+    if rows := sections.get("loaders"):
+        lines += table("data path alone, pixels | images/s | reference, images/s | times as fast | again", [
+            [f"{PIXELS} to {r['size']}", speed(k["loader"]), speed(k["reference"]), times(k["reference"]),
+             times(k["loader, again"])] for r in rows for k in [r["kinds"]]])
+    for r in sections.get("switches", []):
+        lines += table(f"{r['method']}.py, {r['size']} px, batch {r['batch']} | images/s | time of a step, times", [
+            [name, speed(kind), times(kind)] for name, kind in r["kinds"].items()])
+    if rows := sections.get("batches"):
+        lines += table("scn.py, pixels | batch | images/s | memory", [
+            [str(r["size"]), str(r["batch"]), speed(r), f"{r['peak'] / 2**30:.2f} GiB"] for r in rows])
+    if rows := sections.get("growth"):
+        lines += table("images | seconds an epoch, without the network | microseconds an image | memory", [
+            [f"{r['images']:,}", f"{r['seconds']:.2f}", f"{1e6 * r['seconds'] / r['images']:.0f}",
+             f"{r['peak'] / 2**30:.2f} GiB"] for r in rows])
+    for r in sections.get("command", []):
+        lines += [f"`{r['command']}`, {r['images']:,} images: {r['seconds']:.0f} s from start to end, of which the epochs "
+                  f"take {r['epochs']:.0f} s.", ""]
+    return lines
+
+
+def picture_of(record: dict):
+    """Images a second of the methods, of the batch sizes, the switches, and the cost of growth."""
+    sections, about = record["sections"], record["machine"]
+    figure = new_figure(12, 8, layout="constrained")
+    figure.suptitle(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {about['torch']}")
+    first, second, third, fourth = figure.subplots(2, 2).flat
+    rows = sections.get("methods", [])
+    for k, (kind, colour) in enumerate((("reference", "grey"), ("loader", "C0"), ("synthetic", "C1"))):
+        places = [i + (k - 1) * 0.27 for i in range(len(rows))]
+        first.barh(places, [r["kinds"][kind]["images/s"] for r in rows], 0.27, label=kind, color=colour)
+    first.set_yticks(range(len(rows)), [f"{r['method']}, {r['size']} px" for r in rows], fontsize=8)
+    first.set(xlabel="training images/s", xscale="log")
+    for size in dict.fromkeys(r["size"] for r in sections.get("batches", [])):
+        points = [(r["batch"], r["images/s"]) for r in sections["batches"] if r["size"] == size]
+        second.plot(*zip(*points), "o-", label=f"{size} px")
+    second.set(xlabel="batch size", ylabel="training images/s, scn.py", xscale="log", yscale="log")
+    for r in sections.get("switches", []):
+        names = list(r["kinds"])
+        third.barh(names, [r["kinds"][name]["ratio"][0] for name in names], color="C0")
+        third.set(xlabel=f"time of a step, {r['method']}.py, {r['size']} px")
+        third.tick_params(axis="y", labelsize=8)
+        third.invert_yaxis()
+    if rows := sections.get("growth"):
+        counts = [r["images"] for r in rows]
+        fourth.plot(counts, [r["seconds"] for r in rows], "o-", label="seconds an epoch, without the network")
+        fourth.plot(counts, [r["peak"] / 2**30 for r in rows], "s--", label="memory, GiB")
+        fourth.set(xlabel="training images", xscale="log", yscale="log")
+    for axes in (first, second, fourth):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def write_docs() -> None:
+    """Put the tables of all records between the two marks in docs/speed.md, and draw a picture of each."""
+    page = DOCS / "speed.md"
+    before, mark, rest = page.read_text().partition("<!-- numbers -->\n")
+    _, end, after = rest.partition("<!-- end of numbers -->\n")
+    if not (mark and end):
+        raise UserError(f"{page}: has no two lines <!-- numbers --> and <!-- end of numbers -->")
+    lines = [""]
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        lines += page_of(record)
+        picture_of(record).savefig(DOCS / "figures" / f"speed-{path.stem}.png", dpi=80)
+        lines += [f"![images a second, {path.stem}](figures/speed-{path.stem}.png)", ""]
+    page.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add, positive = parser.add_argument, number(int, 1)
+    add("--quick", action="store_true", help="small and few measurements: shows that it runs, and the orders of size")
+    add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections (default: all)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="scripts (default: all)")
+    add("--sizes", nargs="+", type=positive, help="pixels (default: 48 112 224; quick: 48)")
+    add("--batch-sizes", nargs="+", type=number(int, 2), help="the first is that of all sections but `batches`, which "
+        "takes the others (default: 64, on a GPU 256, then 32 to 1024; quick: 32, then 16 32 64)")
+    add("--steps", type=positive, help="timed steps of a measurement (default: 8; quick: 3)")
+    add("--rounds", type=positive, help="how often all kinds take their turns (default: 5; quick: 2)")
+    add("--images", type=number(int, 64), help=f"photographs (default: {FACES}, as RAF-DB; quick: 256)")
+    add("--growth", nargs="+", type=number(int, 128), help="numbers of images in `growth` (default: 1000 to 100000)")
+    add("--compile", action="store_true", help="measure torch.compile too: minutes")
+    add("--device", default="auto", help="cpu, cuda; auto: cuda if there is one (default: auto)")
+    add("--out", default="speed", help="name of the .json and the .png that are written (default: speed)")
+    add("--write", action="store_true", help=f"measure nothing: put all records of {RESULTS.relative_to(ROOT)}/ into "
+        "docs/speed.md")
+    args, quick = parser.parse_args(argv), False
+    quick, gpu = args.quick, args.device != "cpu" and torch.cuda.is_available()
+    for key, small, full in (
+        ("sizes", [48], [48, 112, 224]), ("steps", 3, 8), ("rounds", 2, 5), ("images", 256, FACES),
+        ("batch_sizes", [32, 16, 32, 64], [256 if gpu else 64, 32, 64, 128, 256, 512, 1024]),
+        ("growth", [200, 400, 800], [1000, 3000, 10000, 30000, 100000]),
+    ):
+        setattr(args, key, getattr(args, key) or (small if quick else full))
+    if (need := 3 * max(args.batch_sizes)) > args.images:
+        parser.error(f"--images {args.images}: a batch of {max(args.batch_sizes)} needs {need} or more")
+    return args
+
+
+@reports_errors
 def main(argv=None) -> int:
-    what, *argv = (sys.argv[1:] if argv is None else argv) or [""]
-    if what not in ("data", "methods"):
-        raise common.UserError("first say what to time, data or methods; then any option of cocuring.py")
-    (time_data if what == "data" else time_methods)(argv)
+    options = parse_args(argv)
+    if options.write:
+        write_docs()
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder))
+        record = {"machine": machine(bench.device), "rate": bench.rate, "quick": options.quick, "sections": {}}
+        record |= {"rounds": options.rounds, "steps": options.steps}
+        for section in options.only:
+            began, rows = time.perf_counter(), record["sections"].setdefault(section, [])
+            for row in getattr(bench, section)():
+                rows.append(row)
+            print(f"{section}: {time.perf_counter() - began:.0f} s", flush=True)
+    print("\n" + "\n".join(page_of(record)))
+    out = Path(options.out)
+    common.write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    picture_of(record).savefig(f"{out}.png", dpi=80)
+    print(f"{out}.json and {out}.png written")
     return 0
 
 

@@ -60,6 +60,8 @@ def check_content(networks: list, classes: list, args) -> None:
         raise ValueError("they are not finite numbers")
     if not all(isinstance(name, str) for name in classes) or not 2 <= len(set(classes)) == len(classes):
         raise ValueError("classes without different names")
+    if getattr(args, "networks", len(networks)) != len(networks):  # where a method has that flag
+        raise ValueError(f"{len(networks)} networks, not {args.networks}")
     if not isinstance(args.size, int) or args.size not in SIZES:
         raise ValueError(f"size {args.size}")
     if args.precision not in PRECISIONS:

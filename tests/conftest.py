@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support import runs, toyfaces  # noqa: E402
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -18,7 +20,6 @@ from PIL import Image  # noqa: E402
 
 import cocuring  # noqa: E402
 import common  # noqa: E402
-from support import runs, toyfaces  # noqa: E402
 
 RAF_TRAIN, RAF_TEST = 28, 14  # four and two images per class
 FERPLUS_USAGE = {"Train": "Training", "Valid": "PublicTest", "Test": "PrivateTest"}
@@ -49,11 +50,13 @@ def raf_picture(name):
 
 
 def build_raf(root, separate=False, base=1, rows=None):
-    """RAF-DB as its authors give it; separate: a list per split; base: what labels count from; rows: others than raf_rows()."""
+    """RAF-DB as its authors give it; separate: a list per split; base: what labels count from; rows: other rows."""
     rows = raf_rows() if rows is None else rows
     for name, _ in rows:
         save(raf_picture(name), root / "Image" / "aligned" / name.replace(".jpg", "_aligned.jpg"))
-    for file, split in (("train_label.txt", "train"), ("test_label.txt", "test")) if separate else (("list_patition_label.txt", ""),):
+    for file, split in (
+        (("train_label.txt", "train"), ("test_label.txt", "test")) if separate else (("list_patition_label.txt", ""),)
+    ):
         path = root / "EmoLabel" / file
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{name} {label - 1 + base}\n" for name, label in rows if name.startswith(split)))
@@ -81,10 +84,14 @@ def votes_for(winner, second=None):
 
 
 def ferplus_rows():
-    """(part, name or "", ten votes, 48 x 48 grey array) of each row: three images per class in Train, one in the others."""
+    """(part, name or "", ten votes, 48 x 48 grey array) of each row: three images per class in Train, else one."""
     rows = []
     for part, count in (("Train", 3), ("Valid", 1), ("Test", 1)):
-        votes = [votes_for(c) for c in range(8)] * count + [votes_for(8), votes_for(9), [5, 5] + [0] * 8]  # the last three are dropped
+        votes = [votes_for(c) for c in range(8)] * count + [
+            votes_for(8),
+            votes_for(9),
+            [5, 5] + [0] * 8,
+        ]  # the last three are dropped
         votes.insert(2, None)  # a row without an image name
         for counts in votes:
             number = len(rows)
@@ -130,12 +137,16 @@ def build_folder_splits(root, classes=("happy", "sad", "angry"), count=4, **opti
     return root
 
 
-AFFECTNET_COLUMNS = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"
+AFFECTNET_COLUMNS = (
+    "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal"
+)
 
 
 def affectnet_rows(count, first=0):
-    """(name, expression, valence, arousal) of `count` images: the eight expressions in turn, then none, uncertain and no face."""
-    rows = [(f"{i % 3}/{first + i}.jpg", i % 8, round(-0.9 + 0.01 * i, 2), round(0.9 - 0.02 * i, 2)) for i in range(count)]
+    """(name, expression, valence, arousal) of `count` images: eight expressions in turn; none, uncertain, no face."""
+    rows = [
+        (f"{i % 3}/{first + i}.jpg", i % 8, round(-0.9 + 0.01 * i, 2), round(0.9 - 0.02 * i, 2)) for i in range(count)
+    ]
     return rows + [(f"0/{first + count + e}.jpg", e, -2, -2) for e in (8, 9, 10)]
 
 
@@ -147,9 +158,12 @@ def affectnet_picture(name):
 
 
 def build_affectnet(root, aligned=False, header=True):
-    """AffectNet's release with csv files: manual, automatic and validation lists; aligned: square crops instead of photographs."""
-    for table, folder, rows in (("training.csv", "Manually_Annotated", affectnet_rows(24)), ("validation.csv", "Manually_Annotated", affectnet_rows(8, 100)),
-                                ("automatically_annotated.csv", "Automatically_Annotated", affectnet_rows(16, 200))):
+    """AffectNet's release with csv files: manual, automatic, validation lists; aligned: square crops."""
+    for table, folder, rows in (
+        ("training.csv", "Manually_Annotated", affectnet_rows(24)),
+        ("validation.csv", "Manually_Annotated", affectnet_rows(8, 100)),
+        ("automatically_annotated.csv", "Automatically_Annotated", affectnet_rows(16, 200)),
+    ):
         lines = [AFFECTNET_COLUMNS] * (header or table != "validation.csv")
         for name, expression, valence, arousal in rows:
             image = affectnet_picture(name)
@@ -184,16 +198,24 @@ def build_cifar10(root, per_batch=20):
 
 
 BUILDERS = {
-    "raf": build_raf, "raf lists": lambda root: build_raf(root, separate=True), "kaggle": build_raf_kaggle,
-    "kaggle folders": lambda root: build_raf_kaggle(root, tables=False), "ferplus": build_ferplus, "ferplus csv": build_ferplus_csv,
-    "affectnet": build_affectnet, "affectnet aligned": lambda root: build_affectnet(root, aligned=True, header=False), "affectnet npy": build_affectnet_npy,
-    "cifar10": build_cifar10, "folder": build_folder, "folder splits": build_folder_splits,
+    "raf": build_raf,
+    "raf lists": lambda root: build_raf(root, separate=True),
+    "kaggle": build_raf_kaggle,
+    "kaggle folders": lambda root: build_raf_kaggle(root, tables=False),
+    "ferplus": build_ferplus,
+    "ferplus csv": build_ferplus_csv,
+    "affectnet": build_affectnet,
+    "affectnet aligned": lambda root: build_affectnet(root, aligned=True, header=False),
+    "affectnet npy": build_affectnet_npy,
+    "cifar10": build_cifar10,
+    "folder": build_folder,
+    "folder splits": build_folder_splits,
 }
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """arguments("raf", root, "--noise", "0.2") -> the namespace that load_data takes, with a cache of the test's own."""
+    """arguments("raf", root, "--noise", "0.2") -> the namespace that load_data takes, with its own cache."""
 
     def make(data, root=None, *more):
         root = ["--root", str(root)] if root is not None else []
@@ -219,8 +241,16 @@ class Tiny(torch.nn.Sequential):
 
     def __init__(self):
         conv = torch.nn.Conv2d(3, 8, 3, stride=4, bias=False)  # Adam would follow the rounding errors of a bias
-        super().__init__(OrderedDict(conv=conv, bn=torch.nn.BatchNorm2d(8), relu=torch.nn.ReLU(), pool=torch.nn.AdaptiveAvgPool2d(2),
-                                     flat=torch.nn.Flatten(), fc=torch.nn.Linear(32, 1000)))
+        super().__init__(
+            OrderedDict(
+                conv=conv,
+                bn=torch.nn.BatchNorm2d(8),
+                relu=torch.nn.ReLU(),
+                pool=torch.nn.AdaptiveAvgPool2d(2),
+                flat=torch.nn.Flatten(),
+                fc=torch.nn.Linear(32, 1000),
+            )
+        )
 
 
 @pytest.fixture
@@ -241,7 +271,10 @@ def same_end(a, b):
     """Two finished runs left the same numbers, labels and weights."""
     assert lines(a) == lines(b)
     assert (a / "labels.csv").read_text() == (b / "labels.csv").read_text()
-    first, second = torch.load(a / "model.pt", weights_only=True)["networks"], torch.load(b / "model.pt", weights_only=True)["networks"]
+    first, second = (
+        torch.load(a / "model.pt", weights_only=True)["networks"],
+        torch.load(b / "model.pt", weights_only=True)["networks"],
+    )
     assert all(torch.equal(x[key], y[key]) for x, y in zip(first, second) for key in x)
 
 

@@ -104,21 +104,31 @@ def pixels(path):
 
 def test_every_photograph_has_a_row(aligned, capsys):
     photos, faces, rows = aligned
-    assert set(rows) == {p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file()} and list(rows) == sorted(rows)
-    assert rows["lawn.jpg"][0]["status"] == "no face" and rows["broken.jpg"][0]["status"].startswith("unreadable") and not rows["lawn.jpg"][0]["output"]
+    assert set(rows) == {p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file()} and list(
+        rows
+    ) == sorted(rows)
+    assert (
+        rows["lawn.jpg"][0]["status"] == "no face"
+        and rows["broken.jpg"][0]["status"].startswith("unreadable")
+        and not rows["lawn.jpg"][0]["output"]
+    )
     assert rows["grey.bmp"][0]["output"] == "grey_bmp.png" and rows["grey.jpg"][0]["output"] == "grey_jpg.png"
     assert (faces / "happy" / "upright.png").exists() and Image.open(faces / "happy" / "upright.png").size == (224, 224)
     assert Image.open(faces / "faces.png").size[1] == 320
 
 
-@pytest.mark.parametrize("other", ["happy/turned.jpg", "happy/large.jpg", "grey.bmp", "cmyk.jpg", "exif.jpg", "two.webp", "grey.jpg"])
+@pytest.mark.parametrize(
+    "other", ["happy/turned.jpg", "happy/large.jpg", "grey.bmp", "cmyk.jpg", "exif.jpg", "two.webp", "grey.jpg"]
+)
 def test_the_same_face_gives_the_same_crop(other, aligned):
     photos, faces, rows = aligned
     (row,), reference = rows[other], pixels(faces / "happy" / "upright.png")
     assert row["status"] == "ok" and float(row["confidence"]) > 0.9
     found = pixels(faces / row["output"])
     inner = slice(40, 184)
-    assert np.corrcoef(found[inner, inner].ravel(), reference[inner, inner].ravel())[0, 1] > 0.8  # 0.71 if it were turned by 10 degrees
+    assert (
+        np.corrcoef(found[inner, inner].ravel(), reference[inner, inner].ravel())[0, 1] > 0.8
+    )  # 0.71 if it were turned by 10 degrees
 
 
 def test_landmarks_are_where_the_face_is(aligned):
@@ -126,7 +136,9 @@ def test_landmarks_are_where_the_face_is(aligned):
     points = np.array(rows["happy/upright.png"][0]["landmarks"].split(), float).reshape(5, 2)
     x, y, w, h = map(float, rows["happy/upright.png"][0]["box"].split())
     assert (points > [x, y]).all() and (points < [x + w, y + h]).all()
-    assert points[0, 0] < points[1, 0] and points[0, 1] < points[2, 1] < points[3, 1]  # left of right eye; eyes, nose, mouth downwards
+    assert (
+        points[0, 0] < points[1, 0] and points[0, 1] < points[2, 1] < points[3, 1]
+    )  # left of right eye; eyes, nose, mouth downwards
     large = np.array(rows["happy/large.jpg"][0]["landmarks"].split(), float).reshape(5, 2)
     np.testing.assert_allclose(large / 3, points, atol=5)
 
@@ -141,7 +153,9 @@ def test_all_faces_and_the_central_one(tmp_path):
     two.save(photos / "two.png")
     assert main([str(photos), "--out", str(tmp_path / "all"), "--face", "all", "--workers", "1"]) == 0
     rows = manifest(tmp_path / "all")["two.png"]
-    assert [row["output"] for row in rows] == ["two.jpg", "two_2.jpg"] and all((tmp_path / "all" / row["output"]).exists() for row in rows)
+    assert [row["output"] for row in rows] == ["two.jpg", "two_2.jpg"] and all(
+        (tmp_path / "all" / row["output"]).exists() for row in rows
+    )
     assert main([str(photos), "--out", str(tmp_path / "central"), "--face", "central", "--workers", "1"]) == 0
     (central,) = manifest(tmp_path / "central")["two.png"]
     assert float(central["box"].split()[0]) > 450
@@ -159,7 +173,9 @@ def test_done_photographs_are_skipped_and_lost_crops_made_again(aligned, tmp_pat
     monkeypatch.setattr(align_faces, "find_faces", lambda image, args: asked.append(image.size) or [])
     assert main([str(photos), "--out", str(again), "--format", "png", "--workers", "1"]) == 0
     assert len(asked) == 1 and manifest(again)["happy/turned.jpg"][0]["status"] == "no face"
-    assert {s: r for s, r in manifest(again).items() if s != "happy/turned.jpg"} == {s: r for s, r in rows.items() if s != "happy/turned.jpg"}
+    assert {s: r for s, r in manifest(again).items() if s != "happy/turned.jpg"} == {
+        s: r for s, r in rows.items() if s != "happy/turned.jpg"
+    }
     assert "9 of 10 photographs are done already" in capsys.readouterr().out
     assert main([str(photos), "--out", str(again), "--format", "png", "--size", "100"]) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -179,13 +195,36 @@ def test_crops_train(aligned, tmp_path, monkeypatch):
             shutil.copy(faces / "happy" / "upright.png", tmp_path / "root" / name / f"{k}.png")
     shutil.copy(faces / "faces.csv", tmp_path / "root" / "faces.csv")
     place = ["--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
-    assert cocuring.main(["--data", "folder", "--root", str(tmp_path / "root"), "--size", "32", "--epochs", "1", "--batch-size", "4", *place]) == 0
+    assert (
+        cocuring.main(
+            [
+                "--data",
+                "folder",
+                "--root",
+                str(tmp_path / "root"),
+                "--size",
+                "32",
+                "--epochs",
+                "1",
+                "--batch-size",
+                "4",
+                *place,
+            ]
+        )
+        == 0
+    )
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda p: [str(p / "none")], "no such folder"), (lambda p: [str(p)], "no photographs"), (lambda p: [str(p), "--out", str(p / "faces")], "lies in"),
-    (lambda p: [str(p), "--out", str(p)], "lies in"), (lambda p: [str(p), "--size", "3"], "--size"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda p: [str(p / "none")], "no such folder"),
+        (lambda p: [str(p)], "no photographs"),
+        (lambda p: [str(p), "--out", str(p / "faces")], "lies in"),
+        (lambda p: [str(p), "--out", str(p)], "lies in"),
+        (lambda p: [str(p), "--size", "3"], "--size"),
+    ],
+)
 def test_bad_input_is_refused(make, words, tmp_path, capsys):
     folder = tmp_path / "empty"
     folder.mkdir()

@@ -16,6 +16,7 @@ def images(n=6, c=3, h=20, w=20, seed=0):
 
 def draws(part, count=12, epoch=1):
     """draw(name) as common.Loader hands it out for the places `part` of an epoch of `count` samples."""
+
     def draw(name):
         generator = torch.Generator().manual_seed(sum(map(ord, name)) * 1000 + epoch)
         return torch.rand(count, generator=generator)[part]

@@ -139,7 +139,7 @@ def test_predictions_are_the_models_own(method, trained, tmp_path):
 
 
 def test_names_that_are_not_utf_8_are_predicted_and_written_as_they_are(scn_model, tmp_path):
-    name = b"caf\xe9 \"x\",\n.png".decode(errors="surrogateescape")
+    name = b'caf\xe9 "x",\n.png'.decode(errors="surrogateescape")
     save(picture(5, 32, 32), tmp_path / "photos" / name)
     assert scn.main(["--predict", str(scn_model), str(tmp_path / "photos"), *place(tmp_path)]) == 0
     (row,) = read_predictions(tmp_path / "out" / "scn-predictions")

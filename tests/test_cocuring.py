@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from support import runs, toyfaces
+
 import numpy as np
 import pytest
 import torch
@@ -25,8 +27,6 @@ from conftest import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from support import runs, toyfaces
-
 import cocuring
 import common
 from cocuring import peer_losses, ramp_up, relabel
@@ -37,13 +37,18 @@ ROOT = Path(cocuring.__file__).parent
 # ramp_up, Eq. 3
 
 
-@pytest.mark.parametrize("epoch, expected", [(1, 0.9 * math.exp(-0.65 * 0.9**2)), (5, 0.9 * math.exp(-0.65 * 0.25)), (10, 0.9), (11, 0.9), (40, 0.9)])
+@pytest.mark.parametrize(
+    "epoch, expected",
+    [(1, 0.9 * math.exp(-0.65 * 0.9**2)), (5, 0.9 * math.exp(-0.65 * 0.25)), (10, 0.9), (11, 0.9), (40, 0.9)],
+)
 def test_ramp_up_follows_eq_3_and_stays_at_its_maximum(epoch, expected):
     assert ramp_up(epoch, 10) == pytest.approx(expected, rel=1e-12)
 
 
 def test_ramp_up_takes_a_fractional_length():
-    assert ramp_up(1, 21.6, lambda_max=0.5, beta=6) == pytest.approx(0.5 * math.exp(-6 * (1 - 1 / 21.6) ** 2), rel=1e-12)
+    assert ramp_up(1, 21.6, lambda_max=0.5, beta=6) == pytest.approx(
+        0.5 * math.exp(-6 * (1 - 1 / 21.6) ** 2), rel=1e-12
+    )
 
 
 def test_ramp_up_starts_near_one_half_with_the_papers_beta():
@@ -120,16 +125,19 @@ def test_peer_losses_stay_finite_for_certain_networks():
 # relabel, Eq. 4
 
 
-@pytest.mark.parametrize("p1, p2, label, delta, expected, why", [
-    ([0.1, 0.7, 0.2], [0.1, 0.6, 0.3], 0, 0.2, 1, "both agree by more than delta"),
-    ([0.1, 0.7, 0.2], [0.1, 0.3, 0.6], 0, 0.2, 0, "they disagree about the class"),
-    ([0.25, 0.4, 0.35], [0.1, 0.7, 0.2], 0, 0.2, 0, "the first margin is too small"),
-    ([0.1, 0.7, 0.2], [0.25, 0.4, 0.35], 0, 0.2, 0, "the second margin is too small"),
-    ([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], 0, 0.25, 0, "the margin is delta exactly: strict"),
-    ([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], 0, 0.2499, 1, "the margin is just above delta"),
-    ([0.8, 0.1, 0.1], [0.8, 0.1, 0.1], 0, 0.0, 0, "the label is the prediction"),
-    ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], 1, 0.99, 2, "certain networks, large delta"),
-])
+@pytest.mark.parametrize(
+    "p1, p2, label, delta, expected, why",
+    [
+        ([0.1, 0.7, 0.2], [0.1, 0.6, 0.3], 0, 0.2, 1, "both agree by more than delta"),
+        ([0.1, 0.7, 0.2], [0.1, 0.3, 0.6], 0, 0.2, 0, "they disagree about the class"),
+        ([0.25, 0.4, 0.35], [0.1, 0.7, 0.2], 0, 0.2, 0, "the first margin is too small"),
+        ([0.1, 0.7, 0.2], [0.25, 0.4, 0.35], 0, 0.2, 0, "the second margin is too small"),
+        ([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], 0, 0.25, 0, "the margin is delta exactly: strict"),
+        ([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], 0, 0.2499, 1, "the margin is just above delta"),
+        ([0.8, 0.1, 0.1], [0.8, 0.1, 0.1], 0, 0.0, 0, "the label is the prediction"),
+        ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], 1, 0.99, 2, "certain networks, large delta"),
+    ],
+)
 def test_relabel_case_by_case(p1, p2, label, delta, expected, why):
     got = relabel(torch.tensor([p1]), torch.tensor([p2]), torch.tensor([label]), delta)
     assert got.tolist() == [expected], why
@@ -167,8 +175,22 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
     history = lines(folder)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     last = history[-1]
-    for tag in ("loss/total", "loss/net1", "loss/net2", "weight/lambda", "lr", "accuracy/train", "accuracy/test", "accuracy/test_mean_class",
-                "accuracy/test/net1", "accuracy/test/net2", "relabel/this_epoch", "relabel/changed", "labels/accuracy", "relabel/recall"):
+    for tag in (
+        "loss/total",
+        "loss/net1",
+        "loss/net2",
+        "weight/lambda",
+        "lr",
+        "accuracy/train",
+        "accuracy/test",
+        "accuracy/test_mean_class",
+        "accuracy/test/net1",
+        "accuracy/test/net2",
+        "relabel/this_epoch",
+        "relabel/changed",
+        "labels/accuracy",
+        "relabel/recall",
+    ):
         assert isinstance(last[tag], (int, float)), tag
     assert history[0]["relabel/this_epoch"] == 0 and history[0]["labels/accuracy"] == pytest.approx(1 - 0.4, abs=0.05)
     assert history[1]["relabel/this_epoch"] > 0
@@ -185,7 +207,11 @@ def test_a_run_leaves_what_the_readme_says(tiny, tmp_path, capsys):
 
     record = json.loads((folder / "args.json").read_text())
     assert record["argv"][:2] == ["--noise", "0.4"] and "preset" not in record
-    assert record["delta"] == 0.01 and record["noise_seed"] == 1 and set(record["versions"]) == {"python", "torch", "torchvision"}
+    assert (
+        record["delta"] == 0.01
+        and record["noise_seed"] == 1
+        and set(record["versions"]) == {"python", "torch", "torchvision"}
+    )
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model["classes"] == list(toyfaces.CLASSES) and len(model["networks"]) == 2 and model["method"] == "cocuring"
     for figure in ("confusion.png", "curves.png", "audit.png"):
@@ -235,13 +261,19 @@ def test_a_relabelled_sample_keeps_its_label_within_the_epoch_and_is_judged_by_t
 
 
 def test_ablations_train_what_they_say(tiny, tmp_path):
-    flags = {"one": ["--networks", "1", "--lambda-max", "0", "--no-relabel"], "two": ["--lambda-max", "0", "--no-relabel"], "keep": ["--no-relabel"]}
+    flags = {
+        "one": ["--networks", "1", "--lambda-max", "0", "--no-relabel"],
+        "two": ["--lambda-max", "0", "--no-relabel"],
+        "keep": ["--no-relabel"],
+    }
     for name, extra in flags.items():
         assert cocuring.main([*tiny, *extra, "--epochs", "2", "--out", str(tmp_path), "--name", name]) == 0
     one, two, keep = (lines(tmp_path / name) for name in flags)
     assert all(line["relabel/changed"] == 0 for line in one + two + keep)
     assert [line["weight/lambda"] for line in two] == [0, 0] and keep[0]["weight/lambda"] > 0
-    assert one[0]["loss/net1"] == pytest.approx(two[0]["loss/net1"], rel=1e-5)  # without mimicry the first peer is the single network
+    assert one[0]["loss/net1"] == pytest.approx(
+        two[0]["loss/net1"], rel=1e-5
+    )  # without mimicry the first peer is the single network
     assert "accuracy/test/net1" not in one[0]
 
 
@@ -253,9 +285,30 @@ def test_without_noise_there_are_no_clean_labels_to_compare_with(tiny, tmp_path)
 
 def test_the_real_backbone_trains_in_the_devices_own_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(toyfaces, "SPLITS", {"train": 16, "valid": 8, "test": 8})
-    assert cocuring.main(["--noise", "0.4", "--size", "32", "--batch-size", "8", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    assert (
+        cocuring.main(
+            [
+                "--noise",
+                "0.4",
+                "--size",
+                "32",
+                "--batch-size",
+                "8",
+                "--epochs",
+                "1",
+                "--out",
+                str(tmp_path),
+                "--name",
+                "run",
+            ]
+        )
+        == 0
+    )
     network = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["networks"][0]
-    assert network["backbone.layer4.1.conv2.weight"].shape == (512, 512, 3, 3) and network["head.weight"].shape == (7, 512)
+    assert network["backbone.layer4.1.conv2.weight"].shape == (512, 512, 3, 3) and network["head.weight"].shape == (
+        7,
+        512,
+    )
 
 
 def test_oversampling_runs_and_draws_every_class(tiny, tmp_path):
@@ -263,12 +316,31 @@ def test_oversampling_runs_and_draws_every_class(tiny, tmp_path):
     assert len(lines(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("data, build", [
-    ("raf", build_raf), ("raf", build_raf_kaggle), ("ferplus", build_ferplus), ("ferplus", build_ferplus_csv), ("folder", build_folder), ("folder", build_folder_splits),
-])
+@pytest.mark.parametrize(
+    "data, build",
+    [
+        ("raf", build_raf),
+        ("raf", build_raf_kaggle),
+        ("ferplus", build_ferplus),
+        ("ferplus", build_ferplus_csv),
+        ("folder", build_folder),
+        ("folder", build_folder_splits),
+    ],
+)
 def test_the_script_trains_on_every_layout(data, build, tiny, tmp_path):
     build(tmp_path / "data")
-    place = ["--data", data, "--root", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path), "--name", "run"]
+    place = [
+        "--data",
+        data,
+        "--root",
+        str(tmp_path / "data"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--out",
+        str(tmp_path),
+        "--name",
+        "run",
+    ]
     assert cocuring.main([*tiny, *place, "--batch-size", "4", "--epochs", "1", "--jitter", "0.3", "--crop", "2"]) == 0
     assert (tmp_path / "run" / "model.pt").exists() and lines(tmp_path / "run")[0]["labels/accuracy"] < 1
 
@@ -318,7 +390,9 @@ def test_resume_refuses_other_arguments(tiny, tmp_path, monkeypatch, capsys):
         patch.setattr(runs.Run, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 130
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run", "--resume", "--beta", "3"]) == 2
+    assert (
+        cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run", "--resume", "--beta", "3"]) == 2
+    )
     assert "beta was 0.65" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
@@ -337,7 +411,14 @@ sys.exit(cocuring.main(sys.argv[1:]))
 
 def start(arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        env=environment,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(path, process, seconds=120):
@@ -374,27 +455,30 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny, tmp_path):
 # Errors
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--noise", "1"], "noise"),
-    (["--noise", "-0.1"], "noise"),
-    (["--noise", "0.2", "--labels", "x.csv"], "--labels"),
-    (["--networks", "1"], "--networks 1"),
-    (["--batch-size", "49"], "--batch-size 49"),
-    (["--limit", "49"], "--limit 49"),
-    (["--device", "cuda:99"], "cuda:99"),
-    (["--device", "nonsense"], "nonsense"),
-    (["--pretrained", "missing.pth"], "missing.pth"),
-    (["--labels", "missing.csv"], "missing.csv"),
-    (["--data", "raf", "--root", "nowhere"], "--data toy"),
-    (["--data", "raf", "--difficulty", "1"], "--difficulty"),
-    (["--data", "toy", "--root", "somewhere"], "--root"),
-    (["--classes", "8"], "--classes 8"),
-    (["--resume", "--overwrite"], "--overwrite"),
-    (["--lambda-max", "1.5"], "lambda-max"),
-    (["--epochs", "0"], "epochs"),
-    (["--beta", "nan"], "beta"),
-    (["--data", "nothing"], "nothing"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--noise", "1"], "noise"),
+        (["--noise", "-0.1"], "noise"),
+        (["--noise", "0.2", "--labels", "x.csv"], "--labels"),
+        (["--networks", "1"], "--networks 1"),
+        (["--batch-size", "49"], "--batch-size 49"),
+        (["--limit", "49"], "--limit 49"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--pretrained", "missing.pth"], "missing.pth"),
+        (["--labels", "missing.csv"], "missing.csv"),
+        (["--data", "raf", "--root", "nowhere"], "--data toy"),
+        (["--data", "raf", "--difficulty", "1"], "--difficulty"),
+        (["--data", "toy", "--root", "somewhere"], "--root"),
+        (["--classes", "8"], "--classes 8"),
+        (["--resume", "--overwrite"], "--overwrite"),
+        (["--lambda-max", "1.5"], "lambda-max"),
+        (["--epochs", "0"], "epochs"),
+        (["--beta", "nan"], "beta"),
+        (["--data", "nothing"], "nothing"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, words, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
     monkeypatch.chdir(tmp_path)
@@ -449,19 +533,36 @@ def test_a_run_of_another_method_is_not_resumed(tiny, tmp_path, monkeypatch, cap
 
 
 def test_presets_depend_on_the_data_and_explicit_flags_win():
-    toy, raf = cocuring.parse_args([]), cocuring.parse_args(["--data", "raf", "--pretrained", "x.pth", "--batch-size", "32"])
+    toy, raf = (
+        cocuring.parse_args([]),
+        cocuring.parse_args(["--data", "raf", "--pretrained", "x.pth", "--batch-size", "32"]),
+    )
     assert (toy.size, toy.beta, toy.root, toy.noise_seed) == (48, 0.65, "data/toy", 1)
-    assert (raf.size, raf.epochs, raf.batch_size, raf.beta, raf.lr, raf.head_lr, raf.lambda_max) == (224, 40, 32, 0.65, 1e-3, 1e-2, 0.9)
+    assert (raf.size, raf.epochs, raf.batch_size, raf.beta, raf.lr, raf.head_lr, raf.lambda_max) == (
+        224,
+        40,
+        32,
+        0.65,
+        1e-3,
+        1e-2,
+        0.9,
+    )
 
 
-@pytest.mark.parametrize("argv, name", [
-    ([], "cocuring-toy-n0-s1"),
-    (["--noise", "0.4", "--seed", "3"], "cocuring-toy-n0.4-s3"),
-    (["--noise", "0.4", "--lambda-max", "0", "--no-relabel"], "cocuring-toy-n0.4-lambda-max0.0-no-relabel-s1"),
-    (["--data", "raf", "--root", "elsewhere/raf"], "cocuring-raf-n0-s1"),
-    (["--data", "folder", "--root", "my/faces"], "cocuring-folder-n0-rootfaces-s1"),
-    (["--data", "raf", "--labels", "some/list of noise.csv", "--device", "cpu", "--out", "x"], "cocuring-raf-n0-labelslist_of_noise-s1"),
-])
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        ([], "cocuring-toy-n0-s1"),
+        (["--noise", "0.4", "--seed", "3"], "cocuring-toy-n0.4-s3"),
+        (["--noise", "0.4", "--lambda-max", "0", "--no-relabel"], "cocuring-toy-n0.4-lambda-max0.0-no-relabel-s1"),
+        (["--data", "raf", "--root", "elsewhere/raf"], "cocuring-raf-n0-s1"),
+        (["--data", "folder", "--root", "my/faces"], "cocuring-folder-n0-rootfaces-s1"),
+        (
+            ["--data", "raf", "--labels", "some/list of noise.csv", "--device", "cpu", "--out", "x"],
+            "cocuring-raf-n0-labelslist_of_noise-s1",
+        ),
+    ],
+)
 def test_the_default_name_shows_what_differs_from_the_preset(argv, name):
     assert cocuring.parse_args(argv).name == name
 
@@ -470,6 +571,16 @@ def test_help_names_the_source_of_every_method_default(capsys):
     assert cocuring.main(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     section = shown.split("Co-curing:")[-1]
-    for flag in ("--beta", "--lambda-max", "--ramp", "--delta", "--warm-up", "--networks", "--decay", "--jitter", "--crop"):
+    for flag in (
+        "--beta",
+        "--lambda-max",
+        "--ramp",
+        "--delta",
+        "--warm-up",
+        "--networks",
+        "--decay",
+        "--jitter",
+        "--crop",
+    ):
         text = section.split(flag + " ")[1][:250]
         assert "paper" in text or "ours" in text or "official code" in text, flag

@@ -7,6 +7,7 @@ from functools import partial
 
 from support import runs
 from support.augmentation import augment, rand_augment
+from support.networks import Classifier, parameter_groups, to_device
 
 import numpy as np
 import pytest
@@ -39,9 +40,17 @@ def test_a_seed_is_a_function_of_its_key_in_every_process():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count, size, lengths", [
-    (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (8, 4, [4, 4]), (5, 5, [5]), (3, 2, [3]), (1, 1, [1]),
-])
+@pytest.mark.parametrize(
+    "count, size, lengths",
+    [
+        (10, 4, [4, 4, 2]),
+        (9, 4, [4, 5]),
+        (8, 4, [4, 4]),
+        (5, 5, [5]),
+        (3, 2, [3]),
+        (1, 1, [1]),
+    ],
+)
 def test_batches_cover_the_data_and_a_last_sample_joins_the_batch_before(count, size, lengths):
     slices = common.batch_slices(count, size)
     assert [s.stop - s.start for s in slices] == lengths
@@ -283,11 +292,14 @@ def test_weights_of_another_backbone_are_refused_with_both_key_sets(weights, tmp
     assert all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s | {"features.0.weight": torch.zeros(3)},
-    lambda s: s | {"conv1.weight": torch.zeros(64, 1, 7, 7)},
-    lambda s: {"features." + k: v for k, v in s.items()},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s | {"features.0.weight": torch.zeros(3)},
+        lambda s: s | {"conv1.weight": torch.zeros(64, 1, 7, 7)},
+        lambda s: {"features." + k: v for k, v in s.items()},
+    ],
+)
 def test_a_tensor_too_many_or_of_another_shape_is_refused(change, weights, tmp_path):
     torch.save(change(dict(weights)), tmp_path / "w.pth")
     with pytest.raises(UserError, match="another backbone"):
@@ -322,7 +334,7 @@ def test_weights_that_a_backbone_does_not_have_are_refused(monkeypatch):
 
 
 def test_a_head_computes_in_float32_whatever_its_backbone_does():
-    classifier = common.Classifier(nn.Linear(3, 5), 5, 2)
+    classifier = Classifier(nn.Linear(3, 5), 5, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert classifier.backbone(torch.ones(1, 3)).dtype == torch.bfloat16
         logits = classifier(torch.ones(1, 3))
@@ -331,14 +343,14 @@ def test_a_head_computes_in_float32_whatever_its_backbone_does():
 
 def test_backbones_and_heads_have_learning_rates_of_their_own():
     args = cocuring.parse_args(["--lr", "0.1", "--head-lr", "0.5"])
-    networks = [common.Classifier(nn.Linear(3, 5), 5, 2) for _ in range(2)]
-    backbone, heads = common.parameter_groups(networks, args)
+    networks = [Classifier(nn.Linear(3, 5), 5, 2) for _ in range(2)]
+    backbone, heads = parameter_groups(networks, args)
     assert (backbone["lr"], heads["lr"]) == (0.1, 0.5)
     assert [p.shape[0] for p in backbone["params"]] == [5] * 4 and [p.shape[0] for p in heads["params"]] == [2] * 4
 
 
 def test_networks_are_laid_out_for_convolutions():
-    network = common.to_device(nn.Conv2d(3, 8, 3), CPU, cocuring.parse_args([]))
+    network = to_device(nn.Conv2d(3, 8, 3), CPU, cocuring.parse_args([]))
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -54,6 +54,7 @@ def patch_for_tests(patch) -> None:
 
 def digest(parts: dict) -> str:
     """Of the state of networks, optimisers and labels."""
+
     def flat(value):
         if isinstance(value, dict):
             return [x for key in sorted(value, key=str) for x in flat(value[key])]
@@ -105,6 +106,7 @@ def loader_of(count: int, batch_size: int) -> common.Loader:
 
 def steps() -> dict:
     """The mean gradient of a line through known points, in batches that are uneven, with two optimisers."""
+
     def work():
         network, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
         unused = torch.nn.Linear(1, 1)  # without gradients
@@ -131,6 +133,7 @@ def steps() -> dict:
 
 def relabels() -> dict:
     """What two processes assign to the same and to different samples, and what both have afterwards."""
+
     def work():
         labels = torch.zeros(30, dtype=torch.int64)
         weights = torch.full((30,), -1.0)
@@ -150,6 +153,7 @@ def relabels() -> dict:
 
 def buffers() -> dict:
     """Running statistics after an epoch, that of an averaged module too."""
+
     def work():
         rank, norm = common.processes.rank, torch.nn.modules.batchnorm.BatchNorm1d(2)
         norm.running_mean.fill_(float(rank))
@@ -165,10 +169,12 @@ def buffers() -> dict:
 
 def decisions() -> dict:
     """What rank 0 decides, and its errors, in both processes; who goes first; numbers drawn by each."""
+
     def work():
         rank, got = common.processes.rank, {}
         got["value"] = distributed.by_first(lambda: [rank, torch.tensor([rank + 5])])[1].item()
         for name, error in (("user", UserError("of rank 0")), ("system", OSError(28, "No space left"))):
+
             def refuse(error=error):
                 raise error
 
@@ -199,6 +205,7 @@ def decisions() -> dict:
 
 def fail(rank: int, after: int) -> dict:
     """A process that fails by itself, in the middle of an epoch."""
+
     def work():
         for step, (_, index) in enumerate(loader_of(40, 2).epoch(1)):
             if (common.processes.rank, step) == (rank, after):
@@ -243,8 +250,13 @@ def in_two_processes(jobs: list[dict], folder: Path) -> tuple[list[list[dict]], 
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     shared |= {"TOGETHER": str(folder / "together"), "PYTHONPATH": str(ROOT)}
     started = [
-        subprocess.Popen([sys.executable, __file__, str(file)], env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, str(file)],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in "01"
     ]
     said = [process.communicate(timeout=300) for process in started]
@@ -289,6 +301,7 @@ def several(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     """alone("scn") -> the folder of the same run in one process, with the batch of both."""
+
     def run(script):
         name = f"{script}-whole-1"
         if not (folder / name).exists():
@@ -457,10 +470,18 @@ def test_another_number_of_processes_does_not_resume(several, folder, capsys, mo
     (folder / "kept.pt").rename(folder / "scn-cut-2" / "model.pt")
 
 
-@pytest.mark.parametrize("count, size, world, lengths", [
-    (45, 12, 2, [24, 21]), (50, 12, 2, [24, 26]), (51, 12, 2, [24, 27]), (52, 12, 2, [24, 24, 4]), (24, 12, 2, [24]),
-    (29, 4, 3, [12, 17]), (30, 4, 3, [12, 12, 6]),
-])
+@pytest.mark.parametrize(
+    "count, size, world, lengths",
+    [
+        (45, 12, 2, [24, 21]),
+        (50, 12, 2, [24, 26]),
+        (51, 12, 2, [24, 27]),
+        (52, 12, 2, [24, 24, 4]),
+        (24, 12, 2, [24]),
+        (29, 4, 3, [12, 17]),
+        (30, 4, 3, [12, 12, 6]),
+    ],
+)
 def test_each_sample_belongs_to_one_process_and_none_has_a_batch_of_one(count, size, world, lengths, monkeypatch):
     assert [part.stop - part.start for part in common.batch_slices(count, size, world)] == lengths
     order = {}
@@ -494,10 +515,27 @@ def test_the_draws_of_a_place_are_those_of_one_process(monkeypatch):
 def test_torchrun_starts_a_script(tmp_path):
     """The command of the documentation, on a folder of photographs whose cache the processes share."""
     root = build_folder_splits(tmp_path / "faces", count=4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-               "--master-port", str(free_port()), str(ROOT / "scn.py"), "--data", "folder", "--root", str(root),
-               *"--size 16 --batch-size 3 --epochs 1 --device cpu --name run".split(),
-               "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(free_port()),
+        str(ROOT / "scn.py"),
+        "--data",
+        "folder",
+        "--root",
+        str(root),
+        *"--size 16 --batch-size 3 --epochs 1 --device cpu --name run".split(),
+        "--out",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

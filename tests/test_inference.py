@@ -3,6 +3,7 @@
 import json
 
 from support.inference import load_model, restore_of
+from support.networks import Classifier
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_a_model_is_restored_as_it_was(state, load):
     torch.testing.assert_close(probs.sum(1), torch.ones(5))
     x, wanted = common.network_input(images, 32), 0
     for weights in state["networks"]:
-        network = common.Classifier(*common.make_backbone(cocuring.parse_args([])), 3)
+        network = Classifier(*common.make_backbone(cocuring.parse_args([])), 3)
         network.load_state_dict(weights)
         wanted = wanted + network.eval()(x).softmax(1) / 2
     torch.testing.assert_close(probs, wanted.detach())
@@ -117,7 +118,8 @@ BAD = {
     "no backbone": edit(args_backbone=None),
     "a backbone that is none": edit(args_backbone=["resnet18"]),
     "more networks than there are": edit(args_networks=3),
-    "networks that no machine holds": edit(args_networks="many"),
+    "networks that no machine holds": edit(args_networks=10**8),
+    "a number of networks that is none": edit(args_networks="many"),
     "no method": edit(method=None),
     "a method that is no name": edit(method=7),
 }
@@ -153,10 +155,17 @@ def test_a_file_that_is_cut_or_has_a_bit_flipped(state, load, tmp_path):
         assert "cannot be loaded" in refused(load_model, tmp_path / "model.pt", CPU)
 
 
-@pytest.mark.parametrize("method, words", [
-    ("common", "no function restore"), ("support", "no script"), ("../cocuring", "no script"), ("os", "no script"),
-    ("", "no script"), ("tests.conftest", "no script"),
-])
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        ("common", "no function restore"),
+        ("support", "no script"),
+        ("../cocuring", "no script"),
+        ("os", "no script"),
+        ("", "no script"),
+        ("tests.conftest", "no script"),
+    ],
+)
 def test_only_scripts_of_methods_restore(method, words):
     with pytest.raises(UserError, match=words):
         restore_of(method, "model.pt")

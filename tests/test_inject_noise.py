@@ -61,10 +61,15 @@ def test_a_script_given_the_file_trains_on_the_same_labels(flags, style, write, 
     assert given.names == injected.names and (given.labels != given.clean).any()
 
 
-@pytest.mark.parametrize("data, build, flags", [
-    ("ferplus", build_ferplus, []), ("ferplus", build_ferplus, ["--classes", "7"]),
-    ("ferplus", build_ferplus, ["--noise-type", "asymmetric"]), ("folder", build_folder_splits, []),
-])
+@pytest.mark.parametrize(
+    "data, build, flags",
+    [
+        ("ferplus", build_ferplus, []),
+        ("ferplus", build_ferplus, ["--classes", "7"]),
+        ("ferplus", build_ferplus, ["--noise-type", "asymmetric"]),
+        ("folder", build_folder_splits, []),
+    ],
+)
 def test_other_data_sets_come_back_too(data, build, flags, write, tmp_path, arguments):
     root = build(tmp_path / "data")
     file, _ = write("--noise", "0.5", *flags, data=data, root=root)
@@ -131,8 +136,10 @@ def test_the_default_name_says_what_it_is(few_toys, tmp_path, monkeypatch):
     asymmetric = ["--noise", "0.4", "--noise-seed", "3", "--noise-type", "asymmetric"]
     assert inject_noise.main([*asymmetric, "--format", "list"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "noise-toy-asymmetric-0.4-s3-list.json", "noise-toy-asymmetric-0.4-s3-list.txt",
-        "noise-toy-symmetric-0.2-s1.csv", "noise-toy-symmetric-0.2-s1.json",
+        "noise-toy-asymmetric-0.4-s3-list.json",
+        "noise-toy-asymmetric-0.4-s3-list.txt",
+        "noise-toy-symmetric-0.2-s1.csv",
+        "noise-toy-symmetric-0.2-s1.json",
     ]
 
 
@@ -160,13 +167,24 @@ def test_an_output_named_json_does_not_lose_the_labels(few_toys, tmp_path):
     assert status == 2 or read(tmp_path / "noisy.json")
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--noise", "0"], ["--noise", "1"], ["--noise", "-0.1"], ["--noise", "nan"], ["--noise", "some"],
-    ["--noise", "0.5", "--limit", "29"], ["--noise", "0.5", "--classes", "8"],
-    ["--noise", "0.5", "--noise-type", "pair"], ["--noise", "0.5", "--labels", "a.csv"],
-    ["--noise", "0.5", "--seed", str(2**64 + 1)], ["--noise", "0.5", "--noise-seed", str(2**63)],
-    ["--noise", "0.5", "--limit", str(10**30)],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--noise", "0"],
+        ["--noise", "1"],
+        ["--noise", "-0.1"],
+        ["--noise", "nan"],
+        ["--noise", "some"],
+        ["--noise", "0.5", "--limit", "29"],
+        ["--noise", "0.5", "--classes", "8"],
+        ["--noise", "0.5", "--noise-type", "pair"],
+        ["--noise", "0.5", "--labels", "a.csv"],
+        ["--noise", "0.5", "--seed", str(2**64 + 1)],
+        ["--noise", "0.5", "--noise-seed", str(2**63)],
+        ["--noise", "0.5", "--limit", str(10**30)],
+    ],
+)
 def test_bad_arguments_are_status_2_one_line_and_no_file(flags, raf, tmp_path, capsys):
     output = ["--output", str(tmp_path / "noisy.csv")]
     assert inject_noise.main(["--data", "raf", "--root", str(raf), *output, *flags]) == 2
@@ -213,7 +231,7 @@ def test_an_output_in_no_folder_is_refused(few_toys, tmp_path, capsys):
 def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
     script = importlib.import_module(method)
     small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"] if method == "jointgan" else []
-    assert script.main([*tiny, *small, "--out", str(tmp_path), "--name", "run"]) == 0
+    assert script.main([*tiny, *small, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
     model, output = tmp_path / "run" / "model.pt", tmp_path / "machine.csv"
     flags = ["--data", "toy", "--from-checkpoint", str(model), "--device", "cpu"]
     assert inject_noise.main([*flags, "--output", str(output)]) == 0
@@ -262,10 +280,14 @@ def test_what_is_no_model_is_refused(tiny, tmp_path, capsys):
         assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "x.csv").exists()
 
 
-@pytest.mark.parametrize("method, words", [
-    ("../evil", "no script of that name"), ("nothing_of_ours", "no script of that name"),
-    ("align_faces", "no function restore"),
-])
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        ("../evil", "no script of that name"),
+        ("nothing_of_ours", "no script of that name"),
+        ("align_faces", "no function restore"),
+    ],
+)
 def test_a_model_of_a_method_that_is_not_here_is_refused(method, words, tmp_path, capsys):
     state = {"method": method, "classes": ["a", "b"], "args": {}, "networks": [{}]}
     torch.save(state, tmp_path / "model.pt")

@@ -1,14 +1,14 @@
-"""The joint-distribution GAN: CCC and hinge losses by hand, networks of every size, what each step trains, label sets, runs."""
+"""The joint-distribution GAN: CCC and hinge losses by hand, networks of every size, what each step trains, runs."""
 
 import json
+
+from support.datasets import write_labels
 
 import pytest
 import torch
 from conftest import build_affectnet, build_cifar10, check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-
-from support.datasets import write_labels
 
 import inject_noise
 import jointgan
@@ -28,7 +28,8 @@ SMALL = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]
 
 
 def test_ccc_is_that_of_population_moments():
-    # Means 2 and 4, covariance 4/3, variances 2/3 and 8/3: 2 * 4/3 / (10/3 + 4) = 4/11. Sample moments would give 0.4286.
+    # Means 2 and 4, covariance 4/3, variances 2/3 and 8/3: 2 * 4/3 / (10/3 + 4) = 4/11. Sample moments would give
+    # 0.4286.
     assert ccc(torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 4, 6])).item() == pytest.approx(4 / 11)
     values = torch.randn(50, generator=torch.Generator().manual_seed(1))
     values -= values.mean()
@@ -53,7 +54,9 @@ def test_ccc_gradient_is_that_of_float64():
 def test_multitask_loss_by_hand():
     even, certain = torch.zeros(2, 4), torch.tensor([[100.0, 0, 0, 0], [0, 100, 0, 0]])
     labels = torch.tensor([0, 1])
-    assert multitask_loss([even, certain], [labels, labels], None, None).item() == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
+    assert multitask_loss([even, certain], [labels, labels], None, None).item() == pytest.approx(
+        torch.tensor(4.0).log().item(), abs=1e-6
+    )
     va = torch.tensor([[1.0, 2], [2, 4], [3, 6]])
     turned = va.flip(1)  # valence 2, 4, 6 for 1, 2, 3, and the other way round: both CCC are 4/11
     assert multitask_loss([], [], turned, va, gamma=0.5).item() == pytest.approx(0.5 * (1 - 4 / 11))
@@ -88,7 +91,10 @@ def test_every_stream_has_its_shape(size, has_va):
     made = decoder(mean, logits, va)
     assert made.shape == x.shape and made.abs().max() <= 1
     scores = discriminator(made, mean, logits, va)
-    assert discriminator.scores == ["joint", "x-y1", "x-y2", "x-y3"] + ["x-va"] * has_va + ["x", "y0", "y1", "y2", "y3"] + ["va"] * has_va
+    assert (
+        discriminator.scores
+        == ["joint", "x-y1", "x-y2", "x-y3"] + ["x-va"] * has_va + ["x", "y0", "y1", "y2", "y3"] + ["va"] * has_va
+    )
     assert scores.shape == (n, len(discriminator.scores)) and scores.dtype == torch.float32
 
 
@@ -110,8 +116,13 @@ def test_a_pair_score_is_the_product_of_centred_features():
     label = network.vectors[1](labels)
     expected = [sum((image[i] - image.mean(0)) * (label[i] - label.mean(0))).item() for i in range(6)]
     assert network(x, y0, [labels], None)[:, 1].tolist() == pytest.approx(expected, abs=1e-5)
-    assert sum(expected) / 6 == pytest.approx(torch.cov(torch.cat([image, label], 1).T, correction=0)[: image.shape[1], image.shape[1] :].trace().item(), abs=1e-5)
-    same = network(x, y0, [labels[:1].repeat(6, 1)], None)[:, 1]  # neither the images alone nor the labels alone make a score
+    assert sum(expected) / 6 == pytest.approx(
+        torch.cov(torch.cat([image, label], 1).T, correction=0)[: image.shape[1], image.shape[1] :].trace().item(),
+        abs=1e-5,
+    )
+    same = network(x, y0, [labels[:1].repeat(6, 1)], None)[
+        :, 1
+    ]  # neither the images alone nor the labels alone make a score
     assert same.abs().max() < 1e-6 and network(x[:1].repeat(6, 1, 1, 1), y0, [labels], None)[:, 1].abs().max() < 1e-6
 
 
@@ -126,12 +137,23 @@ def test_every_discriminator_weight_is_spectrally_normalised():
 
 def test_a_generator_step_lowers_encoder_scores_and_raises_decoder_scores():
     torch.manual_seed(1)
-    encoder, decoder, discriminator = Encoder(32, 0.02, 8, 4, [7], True), Decoder(32, 0.02, 4 + 7 + 2), Discriminator(32, 0.02, 4, [7], True).eval()
-    x, noise, labels, va = torch.randn(16, 3, 32, 32), torch.randn(16, 4), torch.eye(7).repeat(3, 1)[:16], torch.rand(16, 2)
+    encoder, decoder, discriminator = (
+        Encoder(32, 0.02, 8, 4, [7], True),
+        Decoder(32, 0.02, 4 + 7 + 2),
+        Discriminator(32, 0.02, 4, [7], True).eval(),
+    )
+    x, noise, labels, va = (
+        torch.randn(16, 3, 32, 32),
+        torch.randn(16, 4),
+        torch.eye(7).repeat(3, 1)[:16],
+        torch.rand(16, 2),
+    )
 
     def scores():
         mean, _, logits, prediction = encoder(x)
-        return discriminator(x, mean, logits, prediction), discriminator(decoder(noise, [labels], va), noise, [labels], va)
+        return discriminator(x, mean, logits, prediction), discriminator(
+            decoder(noise, [labels], va), noise, [labels], va
+        )
 
     before = scores()
     optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.01)
@@ -154,7 +176,12 @@ class Recorder:
             network.zero_grad()
 
     def step(self):
-        self.seen.append([any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters()) for network in self.networks])
+        self.seen.append(
+            [
+                any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+                for network in self.networks
+            ]
+        )
 
 
 def one_batch(args, networks, recorders, classes=7):
@@ -238,26 +265,67 @@ def test_label_and_va_files_are_read(few_toys, tmp_path, capsys):
     assert load_sets(tmp_path, "--va-labels", str(va))[0].va[3].tolist() == pytest.approx([0.1, 0.2])
 
 
-@pytest.mark.parametrize("text, words", [("a 1\n", "line 1"), ("train_00000.png 0.1 0.2\n", "no valence and arousal for 69"), ("train_00000.png nan 0\n", "line 1"), ("x,1,2,3\n", "line 1")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a 1\n", "line 1"),
+        ("train_00000.png 0.1 0.2\n", "no valence and arousal for 69"),
+        ("train_00000.png nan 0\n", "line 1"),
+        ("x,1,2,3\n", "line 1"),
+    ],
+)
 def test_bad_va_files_are_refused(text, words, few_toys, tmp_path, capsys):
     path = tmp_path / "va.txt"
     path.write_text(text)
-    assert jointgan.main(["--data", "toy", "--va-labels", str(path), "--out", str(tmp_path), "--cache", str(tmp_path)]) == 2
+    assert (
+        jointgan.main(["--data", "toy", "--va-labels", str(path), "--out", str(tmp_path), "--cache", str(tmp_path)])
+        == 2
+    )
     error = capsys.readouterr().err.strip()
     assert words in error and len(error.splitlines()) == 1
 
 
 def test_a_run_logs_scores_and_makes_faces(tiny, tmp_path):
-    arguments = [*tiny, *SMALL, "--noise", "0.3", "0.4", "--va-noise", "0.1", "--grid-every", "2", "--out", str(tmp_path), "--name", "run"]
+    arguments = [
+        *tiny,
+        *SMALL,
+        "--noise",
+        "0.3",
+        "0.4",
+        "--va-noise",
+        "0.1",
+        "--grid-every",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "run",
+    ]
     assert jointgan.main(arguments) == 0
     folder = tmp_path / "run"
     history = lines(folder)
-    assert history[0]["weight/lambda"] == 0 and "score/joint/encoder" not in history[0] and history[1]["weight/lambda"] == 0.8
-    for tag in ("loss/cross_entropy", "loss/discriminator", "loss/generator", "gradient/encoder", "gradient/discriminator", "score/joint/encoder",
-                "score/va/decoder", "accuracy/test/set2", "va/ccc_valence", "va/mse_arousal"):
+    assert (
+        history[0]["weight/lambda"] == 0
+        and "score/joint/encoder" not in history[0]
+        and history[1]["weight/lambda"] == 0.8
+    )
+    for tag in (
+        "loss/cross_entropy",
+        "loss/discriminator",
+        "loss/generator",
+        "gradient/encoder",
+        "gradient/discriminator",
+        "score/joint/encoder",
+        "score/va/decoder",
+        "accuracy/test/set2",
+        "va/ccc_valence",
+        "va/mse_arousal",
+    ):
         assert tag in history[-1]
     events = EventAccumulator(str(folder)).Reload()
-    assert [e.step for e in events.Images("generated")] == [2, 3] and [e.step for e in events.Scalars("score/x/decoder")] == [2, 3]
+    assert [e.step for e in events.Images("generated")] == [2, 3] and [
+        e.step for e in events.Scalars("score/x/decoder")
+    ] == [2, 3]
     assert (folder / "generated.png").read_bytes()[:4] == b"\x89PNG"
     state = torch.load(folder / "model.pt", weights_only=True)
     assert len(state["networks"]) == 3 and json.dumps(state["args"])
@@ -266,8 +334,23 @@ def test_a_run_logs_scores_and_makes_faces(tiny, tmp_path):
     assert [group["betas"][0] for group in groups] == [0.9, 0.5, 0.5]  # encoder, decoder; discriminator
 
 
-@pytest.mark.parametrize("flags", [["--lambda", "0"], ["--no-joint"], ["--no-pairs"], ["--no-marginal"], ["--no-decoder"], ["--no-va"], ["--no-expression"], ["--no-expression", "--lambda", "0"], ["--label-stream", "softmax"],
-                                   ["--vote", "--noise", "0.3", "0.3", "0.3"], ["--rotate", "10", "--shift", "0.1", "--zoom", "0.1"], ["--oversample"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lambda", "0"],
+        ["--no-joint"],
+        ["--no-pairs"],
+        ["--no-marginal"],
+        ["--no-decoder"],
+        ["--no-va"],
+        ["--no-expression"],
+        ["--no-expression", "--lambda", "0"],
+        ["--label-stream", "softmax"],
+        ["--vote", "--noise", "0.3", "0.3", "0.3"],
+        ["--rotate", "10", "--shift", "0.1", "--zoom", "0.1"],
+        ["--oversample"],
+    ],
+)
 def test_every_ablation_runs(flags, tiny, tmp_path):
     assert jointgan.main([*tiny, *SMALL, *flags, "--epochs", "2", "--out", str(tmp_path), "--name", "run"]) == 0
     history = lines(tmp_path / "run")
@@ -276,8 +359,25 @@ def test_every_ablation_runs(flags, tiny, tmp_path):
 
 def run_on(data, root, folder, *flags):
     """The history of a run of two epochs on a tree in the real layout, at the authors' image size."""
-    small = [*SMALL, "--batch-size", "8", "--epochs", "2", "--warm-up", "0", "--precision", "fp32", "--cache", str(folder / "cache")]
-    assert jointgan.main(["--data", data, "--root", str(root), *small, *flags, "--out", str(folder / "runs"), "--name", data]) == 0
+    small = [
+        *SMALL,
+        "--batch-size",
+        "8",
+        "--epochs",
+        "2",
+        "--warm-up",
+        "0",
+        "--precision",
+        "fp32",
+        "--cache",
+        str(folder / "cache"),
+    ]
+    assert (
+        jointgan.main(
+            ["--data", data, "--root", str(root), *small, *flags, "--out", str(folder / "runs"), "--name", data]
+        )
+        == 0
+    )
     assert (folder / "runs" / data / "generated.png").exists()
     return lines(folder / "runs" / data)[-1]
 
@@ -285,23 +385,45 @@ def run_on(data, root, folder, *flags):
 def test_cifar10_with_three_label_sets(tmp_path):
     last = run_on("cifar10", build_cifar10(tmp_path / "data"), tmp_path, "--noise", "0.2", "0.3", "0.4")
     assert {tag for tag in last if tag.startswith("accuracy/test/set")} == {f"accuracy/test/set{t}" for t in (1, 2, 3)}
-    assert {tag for tag in last if tag.endswith("/decoder")} == {f"score/{name}/decoder" for name in ("joint", "x-y1", "x-y2", "x-y3", "x", "y0", "y1", "y2", "y3")}
+    assert {tag for tag in last if tag.endswith("/decoder")} == {
+        f"score/{name}/decoder" for name in ("joint", "x-y1", "x-y2", "x-y3", "x", "y0", "y1", "y2", "y3")
+    }
     assert "accuracy/class/truck" in last and "va/ccc_valence" not in last
 
 
 def test_machine_labels_go_from_affectnet_to_raf_and_back(raf, tmp_path, capsys):
-    """Sec. 5.2: RAF-base has expression, valence and arousal of an AffectNet model, AffectNet-base expressions of a RAF model."""
+    """Sec. 5.2: RAF-base has the labels of an AffectNet model, AffectNet-base expressions of a RAF model."""
     affectnet = build_affectnet(tmp_path / "affectnet_data")
 
     def relabel(data, root, model, output, *flags):
         place = ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--output", str(output)]
-        assert inject_noise.main(["--data", data, "--root", str(root), "--from-checkpoint", str(tmp_path / "runs" / model / "model.pt"), *place, *flags]) == 0
+        assert (
+            inject_noise.main(
+                [
+                    "--data",
+                    data,
+                    "--root",
+                    str(root),
+                    "--from-checkpoint",
+                    str(tmp_path / "runs" / model / "model.pt"),
+                    *place,
+                    *flags,
+                ]
+            )
+            == 0
+        )
 
     first = run_on("affectnet", affectnet, tmp_path, "--classes", "7")
-    assert {"va/ccc_valence", "va/mse_arousal", "score/x-va/encoder"} <= set(first) and "accuracy/class/contempt" not in first
+    assert {"va/ccc_valence", "va/mse_arousal", "score/x-va/encoder"} <= set(
+        first
+    ) and "accuracy/class/contempt" not in first
     relabel("raf", raf, "affectnet", tmp_path / "machine.csv")
-    last = run_on("raf", raf, tmp_path, "--labels", str(tmp_path / "machine.csv"), "--va-labels", str(tmp_path / "machine-va.csv"))
-    assert "score/x-va/encoder" in last and "va/ccc_valence" not in last  # RAF-DB's test images have no valence and arousal
+    last = run_on(
+        "raf", raf, tmp_path, "--labels", str(tmp_path / "machine.csv"), "--va-labels", str(tmp_path / "machine-va.csv")
+    )
+    assert (
+        "score/x-va/encoder" in last and "va/ccc_valence" not in last
+    )  # RAF-DB's test images have no valence and arousal
     relabel("affectnet", affectnet, "raf", tmp_path / "back.csv", "--classes", "7")
     (tmp_path / "runs" / "affectnet").rename(tmp_path / "runs" / "first")
     capsys.readouterr()
@@ -313,11 +435,21 @@ def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
     check_resume(jointgan.main, [*tiny, *SMALL, "--va-noise", "0.1"], tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--no-joint", "--no-marginal"], "no score"), (["--size", "48"], "power of two"), (["--size", "16"], "power of two"), (["--noise", "0.2", "1"], "outside"),
-    (["--va-labels", "x", "--va-noise", "0.1"], "va-noise"), (["--labels", "a", "--noise", "0.1", "0.2"], "exclude"), (["--backbone", "resnet18"], "backbone"),
-    (["--no-va", "--no-expression"], "nothing to learn"), (["--lambda", "-1"], "outside"), (["--d-steps", "0"], "outside"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--no-joint", "--no-marginal"], "no score"),
+        (["--size", "48"], "power of two"),
+        (["--size", "16"], "power of two"),
+        (["--noise", "0.2", "1"], "outside"),
+        (["--va-labels", "x", "--va-noise", "0.1"], "va-noise"),
+        (["--labels", "a", "--noise", "0.1", "0.2"], "exclude"),
+        (["--backbone", "resnet18"], "backbone"),
+        (["--no-va", "--no-expression"], "nothing to learn"),
+        (["--lambda", "-1"], "outside"),
+        (["--d-steps", "0"], "outside"),
+    ],
+)
 def test_bad_values_are_refused(arguments, words, capsys):
     assert jointgan.main(arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -325,13 +457,28 @@ def test_bad_values_are_refused(arguments, words, capsys):
 
 
 def test_va_noise_needs_valence_and_arousal(raf, tmp_path, capsys):
-    assert jointgan.main(["--data", "raf", "--root", str(raf), "--va-noise", "0.1", "--out", str(tmp_path), "--cache", str(tmp_path)]) == 2
+    assert (
+        jointgan.main(
+            ["--data", "raf", "--root", str(raf), "--va-noise", "0.1", "--out", str(tmp_path), "--cache", str(tmp_path)]
+        )
+        == 2
+    )
     assert "--va-labels" in capsys.readouterr().err
 
 
 def test_presets_are_the_authors_off_toy():
     args = jointgan.parse_args(["--data", "raf", "--noise", "0.2", "0.3"])
-    assert (args.size, args.width, args.hidden, args.batch_size, args.lr, args.lam, args.warm_up, args.d_steps, args.noise_dim) == (64, 1, 500, 128, 1e-4, 1.0, 6, 2, 100)
+    assert (
+        args.size,
+        args.width,
+        args.hidden,
+        args.batch_size,
+        args.lr,
+        args.lam,
+        args.warm_up,
+        args.d_steps,
+        args.noise_dim,
+    ) == (64, 1, 500, 128, 1e-4, 1.0, 6, 2, 100)
     assert args.name == "jointgan-raf-n0.2-0.3-s1"
     args = jointgan.parse_args(["--data", "affectnet"])
     assert (args.size, args.lam, args.warm_up, args.oversample) == (64, 0.4, 0, True)

@@ -76,10 +76,16 @@ def logits_of(*rows):
 FIRST, SECOND, THIRD = -0.5 * math.log(0.2), -0.3 * math.log(0.3), -0.2 * math.log(0.5)  # of the first sample below
 
 
-@pytest.mark.parametrize("k, mask, expected", [
-    (1, "most", FIRST), (2, "most", FIRST + SECOND), (1, "least", THIRD), (3, "most", FIRST + SECOND + THIRD),
-    (3, "least", FIRST + SECOND + THIRD),
-])
+@pytest.mark.parametrize(
+    "k, mask, expected",
+    [
+        (1, "most", FIRST),
+        (2, "most", FIRST + SECOND),
+        (1, "least", THIRD),
+        (3, "most", FIRST + SECOND + THIRD),
+        (3, "least", FIRST + SECOND + THIRD),
+    ],
+)
 def test_consistency_by_hand(k, mask, expected):
     weak, strong = logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8]), logits_of([0.2, 0.3, 0.5], [0.6, 0.2, 0.2])
     got = negative_consistency(weak, strong, torch.tensor([False, True]), k, mask)
@@ -171,12 +177,15 @@ def plain_epoch(network, optimizer, batches, labels, clean, selecting, args, cho
     l_s, l_c, top, p_n = zip(*steps)
     answer = sum(p_n) / len(p_n)
     return {
-        "loss/total": mean(l_s) + mean(l_c), "loss/supervised": mean(l_s), "loss/negative": mean(l_c),
+        "loss/total": mean(l_s) + mean(l_c),
+        "loss/supervised": mean(l_s),
+        "loss/negative": mean(l_c),
         "accuracy/train": mean(right for right, _, _ in samples),
         "confident/share": mean(sure for _, sure, _ in samples),
         "confident/purity": mean(correct for _, sure, correct in samples if sure),
         "confident/recall": mean(sure for _, sure, correct in samples if correct),
-        "negative/top": mean(top), "negative/classes": math.exp(-sum(a * math.log(a) for a in answer.tolist())),
+        "negative/top": mean(top),
+        "negative/classes": math.exp(-sum(a * math.log(a) for a in answer.tolist())),
         "weight/threshold": [mean(values) if values else 0 for values in thresholds.values()],
     }
 
@@ -221,10 +230,19 @@ def fixed(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--k", "2"], ["--k", "3", "--mask", "least"], ["--single-head"], ["--single-head", "--mask", "most"],
-    ["--no-negative"], ["--no-threshold", "--no-negative"], ["--warm-up", "0"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--k", "2"],
+        ["--k", "3", "--mask", "least"],
+        ["--single-head"],
+        ["--single-head", "--mask", "most"],
+        ["--no-negative"],
+        ["--no-threshold", "--no-negative"],
+        ["--warm-up", "0"],
+    ],
+)
 def test_the_loop_is_algorithm_1(flags, fixed):
     args, network, optimizer, batches, labels, clean, plain, adam = fixed(*flags)
     given, history = labels.clone(), []
@@ -249,8 +267,17 @@ def test_chosen_samples_take_the_place_of_those_of_the_batch_and_the_average_fol
     for epoch in (1, 2, 3):
         own = chosen if epoch > 1 else None
         scalars = ncctfer.train_one_epoch(network, optimizer, batches, labels, None, epoch, args, averaged, own)
-        plain_scalars = plain_epoch(plain, adam, batches, labels, clean, epoch > 1, args, own,
-                                    lambda: expected.append(plain.positive.weight.detach().clone()))
+        plain_scalars = plain_epoch(
+            plain,
+            adam,
+            batches,
+            labels,
+            clean,
+            epoch > 1,
+            args,
+            own,
+            lambda: expected.append(plain.positive.weight.detach().clone()),
+        )
         for tag in ("confident/purity", "confident/recall"):  # not known without the clean labels
             del plain_scalars[tag]
         same_scalars(scalars, plain_scalars)
@@ -335,10 +362,16 @@ def ema_update(averaged, network, decay, steps):
         own.copy_(new if steps == 1 or not own.is_floating_point() else decay * own + (1 - decay) * new)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--epochs", "4", "--decay", "0.5"], ["--oversample", "--warm-up", "0"], ["--no-negative", "--seed", "2"],
-    ["--single-head", "--k", "3", "--warm-up", "2"], ["--select-by", "average", "--ema", "0.6", "--epochs", "4"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", "4", "--decay", "0.5"],
+        ["--oversample", "--warm-up", "0"],
+        ["--no-negative", "--seed", "2"],
+        ["--single-head", "--k", "3", "--warm-up", "2"],
+        ["--select-by", "average", "--ema", "0.6", "--epochs", "4"],
+    ],
+)
 def test_main_hands_the_right_things_to_the_loop(flags, record):
     args, epochs, folder = record("--lr", "0.01", "--head-lr", "0.003", *flags)
     history, (given, scores), (faces, clean) = lines(folder), audit_of(folder), toy_inputs("train")
@@ -453,11 +486,18 @@ def test_batches_of_two_and_three_run(size, tiny, undrawn, tmp_path):
     assert ncctfer.main([*tiny, "--batch-size", size, "--epochs", "2", "--out", str(tmp_path), "--name", "run"]) == 0
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--k", "0"], "k"), (["--k", "8"], "--k 8"), (["--no-threshold"], "--no-negative"),
-    (["--single-head", "--no-negative"], "--single-head"), (["--magnitude", "31"], "magnitude"),
-    (["--warm-up", "-1"], "warm-up"), (["--mask", "some"], "mask"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--k", "0"], "k"),
+        (["--k", "8"], "--k 8"),
+        (["--no-threshold"], "--no-negative"),
+        (["--single-head", "--no-negative"], "--single-head"),
+        (["--magnitude", "31"], "magnitude"),
+        (["--warm-up", "-1"], "warm-up"),
+        (["--mask", "some"], "mask"),
+    ],
+)
 def test_bad_values_are_refused(arguments, words, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toyfaces, "SPLITS", {"train": 48, "valid": 16, "test": 16})
     assert ncctfer.main([*arguments, "--size", "32", "--out", str(tmp_path)]) == 2

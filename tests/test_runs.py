@@ -157,21 +157,24 @@ def own(monkeypatch):
     monkeypatch.setitem(common.PRETRAINED, ".own", "own")
 
 
-@pytest.mark.parametrize("flags, values", [
-    ([], dict(size=16, epochs=3, lr=0.1, backbone="resnet18", root="data/toy")),
-    (["--data", "raf"], dict(size=100, epochs=30, lr=0.1, root="data/raf")),
-    (["--data", "ferplus", "--epochs", "7"], dict(size=48, epochs=7, lr=0.1)),
-    (["--pretrained", "w.pth"], dict(size=224, epochs=40, lr=0.01, backbone="resnet18")),
-    (["--pretrained", "w.pth", "--data", "ferplus"], dict(size=96, epochs=9, lr=0.01)),
-    (["--pretrained", "own"], dict(size=112, epochs=40, lr=0.5, backbone="own")),
-    (["--pretrained", "x/y.own", "--data", "ferplus"], dict(size=112, epochs=5, lr=0.5, backbone="own")),
-    (["--pretrained", "own", "--size", "120", "--lr", "2"], dict(size=120, epochs=40, lr=2.0)),
-    (["--seed", "5"], dict(noise_seed=5)),
-    (["--seed", "5", "--noise-seed", "6"], dict(noise_seed=6)),
-    (["--data", "affectnet"], dict(oversample=True)),
-    (["--data", "affectnet-auto", "--no-oversample"], dict(oversample=False)),
-    (["--data", "raf", "--oversample"], dict(oversample=True)),
-])
+@pytest.mark.parametrize(
+    "flags, values",
+    [
+        ([], dict(size=16, epochs=3, lr=0.1, backbone="resnet18", root="data/toy")),
+        (["--data", "raf"], dict(size=100, epochs=30, lr=0.1, root="data/raf")),
+        (["--data", "ferplus", "--epochs", "7"], dict(size=48, epochs=7, lr=0.1)),
+        (["--pretrained", "w.pth"], dict(size=224, epochs=40, lr=0.01, backbone="resnet18")),
+        (["--pretrained", "w.pth", "--data", "ferplus"], dict(size=96, epochs=9, lr=0.01)),
+        (["--pretrained", "own"], dict(size=112, epochs=40, lr=0.5, backbone="own")),
+        (["--pretrained", "x/y.own", "--data", "ferplus"], dict(size=112, epochs=5, lr=0.5, backbone="own")),
+        (["--pretrained", "own", "--size", "120", "--lr", "2"], dict(size=120, epochs=40, lr=2.0)),
+        (["--seed", "5"], dict(noise_seed=5)),
+        (["--seed", "5", "--noise-seed", "6"], dict(noise_seed=6)),
+        (["--data", "affectnet"], dict(oversample=True)),
+        (["--data", "affectnet-auto", "--no-oversample"], dict(oversample=False)),
+        (["--data", "raf", "--oversample"], dict(oversample=True)),
+    ],
+)
 def test_presets_refine_one_another_and_flags_win(flags, values, own):
     args = parse_args(flags)
     assert {key: getattr(args, key) for key in values} == values
@@ -220,11 +223,14 @@ def test_every_method_has_a_warm_up(method):
     assert module.main(["--warm-up", "-1"]) == 2
 
 
-@pytest.mark.parametrize("kind, ends, good, bad", [
-    (float, (0, 1), ["0", "1", "0.5"], ["-0.1", "1.1", "nan", "inf", "x", ""]),
-    (float, (0,), ["0", "1e9"], ["-1", "inf", "nan"]),
-    (int, (1, 5), ["1", "5"], ["0", "6", "1.5", "9" * 5000]),
-])
+@pytest.mark.parametrize(
+    "kind, ends, good, bad",
+    [
+        (float, (0, 1), ["0", "1", "0.5"], ["-0.1", "1.1", "nan", "inf", "x", ""]),
+        (float, (0,), ["0", "1e9"], ["-1", "inf", "nan"]),
+        (int, (1, 5), ["1", "5"], ["0", "6", "1.5", "9" * 5000]),
+    ],
+)
 def test_numbers_have_their_range(kind, ends, good, bad):
     parse = number(kind, *ends)
     assert [parse(text) for text in good] == [kind(text) for text in good]
@@ -241,20 +247,38 @@ def test_an_open_end_of_a_range_is_outside():
             parse(text)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--seed", str(2**64 + 1)], "--seed"), (["--noise-seed", str(2**63)], "--noise-seed"),
-    (["--seed", "-1"], "--seed"),
-    (["--size", str(10**8)], "--size"), (["--size", "15"], "--size"), (["--epochs", str(10**10)], "--epochs"),
-    (["--crop", "16"], "--crop 16"), (["--limit", str(10**30)], "--limit"), (["--lr", "inf"], "--lr"),
-    (["--lr", "0"], "--lr"), (["--batch-size", "1"], "--batch-size"), (["--precision", "x"], "--precision"),
-    (["--name", "a/b"], "--name"), (["--name", ".."], "--name"), (["--name", "."], "--name"),
-    (["--name", ""], "--name"),
-    (["--name", "../x"], "--name"), (["--name", "a\\b"], "--name"), (["--name", "/x"], "--name"),
-    (["--resume", "--overwrite"], "--overwrite"), (["--predict", "m.pt"], "then images"),
-    (["--evaluate", "m.pt", "--predict", "m.pt", "x"], "two jobs"), (["--no\nsuch"], "unrecognized"),
-    (["--pretrained", "own", "--size", "111"], "needs 112"), (["--noise", "0.2", "--labels", "x"], "exclude"),
-    (["--root", "x"], "--root"), (["--data", "raf", "--difficulty", "1"], "--difficulty"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--seed", str(2**64 + 1)], "--seed"),
+        (["--noise-seed", str(2**63)], "--noise-seed"),
+        (["--seed", "-1"], "--seed"),
+        (["--size", str(10**8)], "--size"),
+        (["--size", "15"], "--size"),
+        (["--epochs", str(10**10)], "--epochs"),
+        (["--crop", "16"], "--crop 16"),
+        (["--limit", str(10**30)], "--limit"),
+        (["--lr", "inf"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--batch-size", "1"], "--batch-size"),
+        (["--precision", "x"], "--precision"),
+        (["--name", "a/b"], "--name"),
+        (["--name", ".."], "--name"),
+        (["--name", "."], "--name"),
+        (["--name", ""], "--name"),
+        (["--name", "../x"], "--name"),
+        (["--name", "a\\b"], "--name"),
+        (["--name", "/x"], "--name"),
+        (["--resume", "--overwrite"], "--overwrite"),
+        (["--predict", "m.pt"], "then images"),
+        (["--evaluate", "m.pt", "--predict", "m.pt", "x"], "two jobs"),
+        (["--no\nsuch"], "unrecognized"),
+        (["--pretrained", "own", "--size", "111"], "needs 112"),
+        (["--noise", "0.2", "--labels", "x"], "exclude"),
+        (["--root", "x"], "--root"),
+        (["--data", "raf", "--difficulty", "1"], "--difficulty"),
+    ],
+)
 def test_bad_flags_are_one_line_and_leave_nothing(flags, words, own, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert script.main(flags) == 2
@@ -274,16 +298,19 @@ def test_names_that_are_one_folder_are_taken():
         assert parse_args(["--name", name]).name == name
 
 
-@pytest.mark.parametrize("flags, name", [
-    (["--noise", "0.4", "--seed", "3"], "mini-toy-n0.4-s3"),
-    (["--lr", "0.5", "--oversample", "--device", "cpu", "--out", "x"], "mini-toy-n0-lr0.5-oversample-s1"),
-    (["--data", "folder", "--root", "my/fa ces"], "mini-folder-n0-rootfa_ces-s1"),
-    (["--data", "raf", "--root", "elsewhere", "--labels", "a/list of.csv"], "mini-raf-n0-labelslist_of-s1"),
-    (["--evaluate", "runs/good/model.pt"], "good-on-toy"),
-    (["--evaluate", "runs/good/model.pt", "--data", "raf", "--split", "valid"], "good-on-raf-valid"),
-    (["--predict", "runs/good/model.pt", "x.png", "y"], "good-predictions"),
-    (["--evaluate", "runs/good/model.pt", "--name", "mine"], "mine"),
-])
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--noise", "0.4", "--seed", "3"], "mini-toy-n0.4-s3"),
+        (["--lr", "0.5", "--oversample", "--device", "cpu", "--out", "x"], "mini-toy-n0-lr0.5-oversample-s1"),
+        (["--data", "folder", "--root", "my/fa ces"], "mini-folder-n0-rootfa_ces-s1"),
+        (["--data", "raf", "--root", "elsewhere", "--labels", "a/list of.csv"], "mini-raf-n0-labelslist_of-s1"),
+        (["--evaluate", "runs/good/model.pt"], "good-on-toy"),
+        (["--evaluate", "runs/good/model.pt", "--data", "raf", "--split", "valid"], "good-on-raf-valid"),
+        (["--predict", "runs/good/model.pt", "x.png", "y"], "good-predictions"),
+        (["--evaluate", "runs/good/model.pt", "--name", "mine"], "mine"),
+    ],
+)
 def test_default_names(flags, name):
     assert parse_args(flags).name == name
 
@@ -325,7 +352,7 @@ FOREIGN = {
     "one temporary file": {"notes.tmp.txt": "x"},
     "what looks like a run's": {"labels.csv.tmp12": "x"},
     "a folder in it": {"sub/x.txt": "x"},
-    "args.json that is damaged": {"args.json": "{\"method\": \"mini\"", "metrics.jsonl": ""},
+    "args.json that is damaged": {"args.json": '{"method": "mini"', "metrics.jsonl": ""},
     "args.json that is no object": {"args.json": "[1, 2]", "last.pt": "x"},
     "args.json that is very deep": {"args.json": "[" * 10**5},
     "args.json in another encoding": {"args.json": "\xff"},
@@ -368,7 +395,7 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(script, tmp_path):
     folder = tmp_path / "run"
     for name in ("weights.png", "events.out.tfevents.1", "model.pt.tmp77"):  # of a run
         (folder / name).write_text("old")
-    mine = ("mine.png", "labels.csv.bak", "model.pt.tmp", "x.tmp12", "model_pt.tmp5", "sub/model.pt", "events.txt")
+    mine = ("mine.png", "labels.csv.bak", "model.pt.tmp", "x.tmp12", "model_pt.tmp5", "last.pt.tmp5.bak", "sub/model.pt")
     (folder / "sub").mkdir()
     for name in mine:
         (folder / name).write_text("precious")
@@ -390,11 +417,12 @@ def test_every_picture_that_a_method_adds_is_known_by_name(method):
 def test_a_folder_in_use_is_refused(unfinished, script, tmp_path, capsys):
     before = content(unfinished)
     with open(unfinished / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for flags in ([], ["--resume"], ["--overwrite"]):
-            capsys.readouterr()
-            assert script(tmp_path, *flags) == 2
-            assert "in use" in error_line(capsys)
+        for how in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # a lock of ours is no shared one
+            fcntl.flock(lock, how)
+            for flags in ([], ["--resume"], ["--overwrite"]):
+                capsys.readouterr()
+                assert script(tmp_path, *flags) == 2
+                assert "in use" in error_line(capsys)
     assert content(unfinished) == before
     assert script(tmp_path, "--resume") == 0
 
@@ -492,6 +520,22 @@ def test_a_run_whose_checkpoints_were_removed_is_not_replaced_unasked(script, tm
     assert script(tmp_path, "--overwrite") == 0
 
 
+def test_an_unfinished_and_a_finished_run_are_not_replaced_unasked(script, unfinished, tmp_path, capsys):
+    for flags, words in (
+        ([], "--resume goes on with it"),
+        (["--resume"], None),
+        ([], "holds a finished run"),
+        (["--resume"], "nothing left to --resume"),
+    ):
+        before = content(unfinished)
+        capsys.readouterr()
+        assert script(tmp_path, *flags) == (2 if words else 0)
+        if words:
+            error = error_line(capsys)
+            assert words in error and "--overwrite" in error and "--name" in error
+            assert content(unfinished) == before
+
+
 def test_a_run_stopped_in_its_first_epoch_begins_again(script, tmp_path):
     script.at = stop(1)
     assert script(tmp_path) == 130
@@ -561,9 +605,14 @@ def test_another_version_of_the_code_is_a_warning(script, unfinished, tmp_path, 
     assert "warning" in (error := error_line(capsys)) and "abc" in error
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("method", "other", "a run of other"), ("lr", 7.0, "lr was 7.0"), ("crop", None, "crop was None"),
-])
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("method", "other", "a run of other"),
+        ("lr", 7.0, "lr was 7.0"),
+        ("crop", None, "crop was None"),
+    ],
+)
 def test_other_arguments_are_refused(key, value, words, script, unfinished, tmp_path, capsys):
     record = json.loads((unfinished / "args.json").read_text()) | {key: value}
     (unfinished / "args.json").write_text(json.dumps(record))
@@ -623,12 +672,28 @@ def line(epoch):
     return json.dumps({"epoch": epoch, "seconds": 0.1, "accuracy/test": 0.5, "accuracy/train": 0.5}) + "\n"
 
 
-@pytest.mark.parametrize("text", [
-    line(1) + "{\"epoch\": 2,\n", line(1) + "\n" + line(2), "\0\0\n" + line(2), line(1) + "[2]\n", line(1) + "2\n",
-    line(1) + '{"epoch": 2}\n', line(1) + line("2"), line(1) + line(2).replace("0.5", '"0.5"'), "\x80\n" + line(2),
-    line(1), line(1) + line(2).rstrip("\n"), line(2) + line(1), line(1) + line(1), line(1) + line(3), "", None,
-    "[" * 10**5 + "\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        line(1) + '{"epoch": 2,\n',
+        line(1) + "\n" + line(2),
+        "\0\0\n" + line(2),
+        line(1) + "[2]\n",
+        line(1) + "2\n",
+        line(1) + '{"epoch": 2}\n',
+        line(1) + line("2"),
+        line(1) + line(2).replace("0.5", '"0.5"'),
+        "\x80\n" + line(2),
+        line(1),
+        line(1) + line(2).rstrip("\n"),
+        line(2) + line(1),
+        line(1) + line(1),
+        line(1) + line(3),
+        "",
+        None,
+        "[" * 10**5 + "\n",
+    ],
+)
 def test_no_good_line_of_the_metrics_is_dropped(text, script, unfinished, tmp_path, capsys):
     file = unfinished / "metrics.jsonl"
     file.unlink() if text is None else file.write_bytes(text.encode("latin1"))
@@ -775,7 +840,7 @@ def test_odd_class_names_are_drawn_and_written(tmp_path, monkeypatch, capsys):
 
 
 def test_names_and_paths_that_are_not_utf_8_do_not_end_a_run(script, tmp_path, monkeypatch):
-    name = b"caf\xe9, \"x\".png".decode(errors="surrogateescape")
+    name = b'caf\xe9, "x".png'.decode(errors="surrogateescape")
     script.load = lambda: make_data(names=[name, *(f"{i}.png" for i in range(11))])
     data = ["--data", "folder", "--root", str(tmp_path / b"caf\xe9".decode(errors="surrogateescape")), "--epochs", "2"]
     script.at = stop("end")
@@ -814,8 +879,11 @@ def test_accuracies_by_hand():
     table = runs.confusion_matrix(predicted, labels, 4)
     assert table == [[2, 2, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert runs.accuracy_scalars(table, ("a", "b", "c", "d")) == {
-        "accuracy/test": 0.5, "accuracy/test_mean_class": 0.5,
-        "accuracy/class/a": 0.5, "accuracy/class/b": 0.0, "accuracy/class/c": 1.0,
+        "accuracy/test": 0.5,
+        "accuracy/test_mean_class": 0.5,
+        "accuracy/class/a": 0.5,
+        "accuracy/class/b": 0.0,
+        "accuracy/class/c": 1.0,
     }
 
 

@@ -9,7 +9,6 @@ import torch
 from conftest import check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import common
 import scn
 from scn import logit_weighted_cross_entropy, rank_regularization, relabel, relabel_all
 
@@ -38,27 +37,34 @@ def test_weighted_cross_entropy_and_its_gradients_equal_float64_arithmetic():
 
 def test_importance_one_is_plain_cross_entropy_and_zero_a_uniform_guess():
     z, y = torch.randn(4, 7), torch.tensor([0, 1, 2, 3])
-    assert logit_weighted_cross_entropy(z, torch.ones(4), y).item() == pytest.approx(torch.nn.functional.cross_entropy(z, y).item())
+    assert logit_weighted_cross_entropy(z, torch.ones(4), y).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(z, y).item()
+    )
     assert logit_weighted_cross_entropy(z, torch.zeros(4), y).item() == pytest.approx(math.log(7), abs=1e-6)
 
 
 # rank_regularization, Eqs. 3-4
 
 
-@pytest.mark.parametrize("alpha, beta, margin, expected", [
-    ([0.9, 0.8, 0.7, 0.1], 0.5, 0.5, 0.05),  # 0.5 - (0.85 - 0.4)
-    ([0.1, 0.9, 0.7, 0.8], 0.5, 0.5, 0.05),  # ranked, whatever the order
-    ([0.9, 0.8, 0.7, 0.1], 0.5, 0.4, 0.0),  # the gap is wide enough
-    ([0.5, 0.5], 0.7, 0.15, 0.15),  # ties: no gap
-    ([0.9, 0.1], 0.99, 1.0, 0.2),  # the low group keeps one sample
-    ([0.9, 0.1], 0.01, 1.0, 0.2),  # and so does the high group
-    ([0.3], 0.7, 0.15, 0.0),
-])
+@pytest.mark.parametrize(
+    "alpha, beta, margin, expected",
+    [
+        ([0.9, 0.8, 0.7, 0.1], 0.5, 0.5, 0.05),  # 0.5 - (0.85 - 0.4)
+        ([0.1, 0.9, 0.7, 0.8], 0.5, 0.5, 0.05),  # ranked, whatever the order
+        ([0.9, 0.8, 0.7, 0.1], 0.5, 0.4, 0.0),  # the gap is wide enough
+        ([0.5, 0.5], 0.7, 0.15, 0.15),  # ties: no gap
+        ([0.9, 0.1], 0.99, 1.0, 0.2),  # the low group keeps one sample
+        ([0.9, 0.1], 0.01, 1.0, 0.2),  # and so does the high group
+        ([0.3], 0.7, 0.15, 0.0),
+    ],
+)
 def test_rank_regularization_by_hand(alpha, beta, margin, expected):
     assert rank_regularization(torch.tensor(alpha), beta, margin).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("n, beta, m", [(10, 0.7, 7), (64, 0.7, 44), (3, 0.7, 2), (2, 0.7, 1), (10, 0.3, 3), (100, 0.29, 29)])
+@pytest.mark.parametrize(
+    "n, beta, m", [(10, 0.7, 7), (64, 0.7, 44), (3, 0.7, 2), (2, 0.7, 1), (10, 0.3, 3), (100, 0.29, 29)]
+)
 def test_the_high_group_has_the_share_beta(n, beta, m):
     assert scn.high_count(n, beta) == m
 
@@ -88,7 +94,10 @@ def test_only_the_low_group_is_relabelled():
     assert labels.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("p, margin, expected", [([0.25, 0.75], 0.5, 0), ([0.25, 0.75], 0.4999, 1), ([0.9, 0.1], 0.0, 0), ([0.5, 0.5], 0.0, 0)])
+@pytest.mark.parametrize(
+    "p, margin, expected",
+    [([0.25, 0.75], 0.5, 0), ([0.25, 0.75], 0.4999, 1), ([0.9, 0.1], 0.0, 0), ([0.5, 0.5], 0.0, 0)],
+)
 def test_the_margin_of_relabelling_is_strict(p, margin, expected):
     probs = torch.tensor([[0.5, 0.5], p])
     got = relabel(probs, torch.tensor([0.9, 0.1]), torch.tensor([0, 0]), beta=0.5, margin=margin)
@@ -120,10 +129,21 @@ def test_a_run_logs_weights_and_relabels(tiny, tmp_path):
     folder = tmp_path / "run"
     history = lines(folder)
     last = history[-1]
-    for tag in ("loss/total", "loss/wce", "loss/rank", "weight/high", "weight/low", "weight/auroc_clean", "labels/accuracy"):
+    for tag in (
+        "loss/total",
+        "loss/wce",
+        "loss/rank",
+        "weight/high",
+        "weight/low",
+        "weight/auroc_clean",
+        "labels/accuracy",
+    ):
         assert tag in last
     assert last["loss/total"] == pytest.approx((last["loss/wce"] + last["loss/rank"]) / 2, abs=1e-5)
-    assert last["weight/gap"] == pytest.approx(last["weight/high"] - last["weight/low"]) and 0 < last["weight/low"] < last["weight/high"] < 1
+    assert (
+        last["weight/gap"] == pytest.approx(last["weight/high"] - last["weight/low"])
+        and 0 < last["weight/low"] < last["weight/high"] < 1
+    )
     assert history[0]["relabel/this_epoch"] == 0 and history[1]["relabel/this_epoch"] > 0
     events = EventAccumulator(str(folder)).Reload()
     assert "weight" in events.Tags()["histograms"] and {"weights", "audit", "confusion"} <= set(events.Tags()["images"])
@@ -136,24 +156,36 @@ def test_a_run_logs_weights_and_relabels(tiny, tmp_path):
 def test_ablations_are_told_apart(tiny, tmp_path):
     def run(*flags):
         name = "run" + "".join(flags)
-        assert scn.main([*tiny, "--warm-up", "0", "--margin2", "0.01", *flags, "--out", str(tmp_path), "--name", name]) == 0
+        assert (
+            scn.main([*tiny, "--warm-up", "0", "--margin2", "0.01", *flags, "--out", str(tmp_path), "--name", name])
+            == 0
+        )
         return lines(tmp_path / name)
 
     plain = run("--no-weights", "--no-rank", "--no-relabel")
     assert all(line["loss/total"] == line["loss/wce"] and line["relabel/changed"] == 0 for line in plain)
-    assert plain[0]["weight/auroc_clean"] != plain[-1]["weight/auroc_clean"]  # the backbone moves it, though nothing trains it
+    assert (
+        plain[0]["weight/auroc_clean"] != plain[-1]["weight/auroc_clean"]
+    )  # the backbone moves it, though nothing trains it
     low, batch = run(), run("--relabel-batch")
     assert batch[0]["relabel/this_epoch"] > low[0]["relabel/this_epoch"]
     rank_only = run("--no-weights", "--no-relabel")
-    assert rank_only[0]["loss/total"] == pytest.approx((rank_only[0]["loss/wce"] + rank_only[0]["loss/rank"]) / 2, abs=1e-5)
+    assert rank_only[0]["loss/total"] == pytest.approx(
+        (rank_only[0]["loss/wce"] + rank_only[0]["loss/rank"]) / 2, abs=1e-5
+    )
     learned = run("--learn-margin")
-    assert learned[-1]["weight/margin1"] != pytest.approx(0.15, abs=1e-6) and low[-1]["weight/margin1"] == pytest.approx(0.15)
+    assert learned[-1]["weight/margin1"] != pytest.approx(0.15, abs=1e-6) and low[-1][
+        "weight/margin1"
+    ] == pytest.approx(0.15)
     naive = run("--no-weights", "--no-rank")
     assert naive[0]["relabel/this_epoch"] > 0
 
 
 def test_both_optimisers_run_their_schedule(tiny, tmp_path):
-    assert scn.main([*tiny, "--optimizer", "sgd", "--lr", "0.1", "--epochs", "8", "--out", str(tmp_path), "--name", "sgd"]) == 0
+    assert (
+        scn.main([*tiny, "--optimizer", "sgd", "--lr", "0.1", "--epochs", "8", "--out", str(tmp_path), "--name", "sgd"])
+        == 0
+    )
     rates = [line["lr"] for line in lines(tmp_path / "sgd")]
     assert rates == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
     assert scn.main([*tiny, "--out", str(tmp_path), "--name", "adam"]) == 0
@@ -164,11 +196,21 @@ def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
     check_resume(scn.main, [*tiny, "--warm-up", "0", "--margin2", "0.01", "--learn-margin"], tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--beta", "0"], "beta"), (["--beta", "1"], "beta"), (["--beta", "nan"], "beta"), (["--gamma", "2"], "gamma"),
-    (["--margin1", "-1"], "margin1"), (["--margin2", "2"], "margin2"), (["--warm-up", "-1"], "warm-up"), (["--networks", "2"], "networks"), (["--learn-margin", "--no-rank"], "--learn-margin"),
-    (["--relabel-batch", "--no-relabel"], "--relabel-batch"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--beta", "0"], "beta"),
+        (["--beta", "1"], "beta"),
+        (["--beta", "nan"], "beta"),
+        (["--gamma", "2"], "gamma"),
+        (["--margin1", "-1"], "margin1"),
+        (["--margin2", "2"], "margin2"),
+        (["--warm-up", "-1"], "warm-up"),
+        (["--networks", "2"], "networks"),
+        (["--learn-margin", "--no-rank"], "--learn-margin"),
+        (["--relabel-batch", "--no-relabel"], "--relabel-batch"),
+    ],
+)
 def test_bad_values_are_refused(arguments, words, capsys):
     assert scn.main(arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -177,6 +219,14 @@ def test_bad_values_are_refused(arguments, words, capsys):
 
 def test_the_pretrained_preset_is_the_papers():
     args = scn.parse_args(["--data", "raf", "--pretrained", "x.pth"])
-    assert (args.epochs, args.optimizer, args.beta, args.margin1, args.margin2, args.gamma, args.warm_up) == (40, "sgd", 0.7, 0.15, 0.2, 0.5, 9)
+    assert (args.epochs, args.optimizer, args.beta, args.margin1, args.margin2, args.gamma, args.warm_up) == (
+        40,
+        "sgd",
+        0.7,
+        0.15,
+        0.2,
+        0.5,
+        9,
+    )
     assert args.lr == pytest.approx(0.1 * args.batch_size / 1024)
     assert json.dumps(vars(args))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from support.augmentation import augment, rand_augment
-from support.averaging import Averaged
+from support.networks import Averaged
 
 import pytest
 import torch

@@ -28,15 +28,22 @@ def raising(error):
     return main
 
 
-@pytest.mark.parametrize("error, status, words", [
-    (UserError("--noise 2: outside"), 2, "error: --noise 2: outside"),
-    (UserError("a\nb: no such file"), 2, "error: a\\nb: no such file"),
-    (FileNotFoundError(2, "No such file or directory", "x\ny"), 2, "No such file or directory: 'x\\ny'"),
-    (OSError(28, "No space left on device"), 2, "No space left on device"),
-    (MemoryError("Unable to allocate 7 PiB"), 2, "out of memory, a smaller --batch-size"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 2, "--size takes less (CUDA out of memory.)"),
-    (KeyboardInterrupt(), 130, "interrupted"),
-])
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (UserError("--noise 2: outside"), 2, "error: --noise 2: outside"),
+        (UserError("a\nb: no such file"), 2, "error: a\\nb: no such file"),
+        (FileNotFoundError(2, "No such file or directory", "x\ny"), 2, "No such file or directory: 'x\\ny'"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (MemoryError("Unable to allocate 7 PiB"), 2, "out of memory, a smaller --batch-size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+            2,
+            "--size takes less (CUDA out of memory.)",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
 def test_what_the_user_can_mend_is_one_line(error, status, words, capsys):
     assert raising(error)() == status
     said = capsys.readouterr()
@@ -152,10 +159,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("redirection, shown", [
-    ("2>/dev/null | head -1", "0\n"), ("2>&1 >/dev/null | head -1", "0\n"), (">&- 2>&- <&- | cat", ""),
-    (">/dev/full 2>/dev/null | cat", ""),
-])
+@pytest.mark.parametrize(
+    "redirection, shown",
+    [
+        ("2>/dev/null | head -1", "0\n"),
+        ("2>&1 >/dev/null | head -1", "0\n"),
+        (">&- 2>&- <&- | cat", ""),
+        (">/dev/full 2>/dev/null | cat", ""),
+    ],
+)
 def test_a_process_ends_well_without_its_streams(redirection, shown, tmp_path):
     (tmp_path / "prints.py").write_text(PRINTS)
     command = f"{sys.executable} {tmp_path / 'prints.py'} {redirection}; echo status ${{PIPESTATUS[0]}}"

@@ -142,10 +142,18 @@ def test_main_writes_the_sheet(tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [
-    ["--difficulty", "1.5"], ["--difficulty", "-0.1"], ["--difficulty", "nan"], ["--difficulty", "hard"],
-    ["--columns", "0"], ["--size", "4"], ["--seed", "-1"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--difficulty", "1.5"],
+        ["--difficulty", "-0.1"],
+        ["--difficulty", "nan"],
+        ["--difficulty", "hard"],
+        ["--columns", "0"],
+        ["--size", "4"],
+        ["--seed", "-1"],
+    ],
+)
 def test_main_refuses_what_is_out_of_range(argv, tmp_path):
     out = tmp_path / "sheet.png"
     with pytest.raises(SystemExit) as refusal:
