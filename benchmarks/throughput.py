@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support import networks, toyfaces  # noqa: E402 - found through the line above
+from support import toyfaces  # noqa: E402 - found through the line above
 from support.augmentation import augment  # noqa: E402
 from support.datasets import read_index  # noqa: E402
 from support.decoding import decode  # noqa: E402
@@ -298,7 +298,7 @@ class Peak:
         elif os.path.exists("/proc/self/status"):
             self.bytes = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
         else:
-            self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the highest ever; its unit is the system's
+            self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the highest; its unit is the system's
 
 
 def matrix_rate(device, size: int) -> float:
@@ -395,7 +395,8 @@ class Bench:
         size, batch_size, steps = self.options.sizes[-1], self.options.batch_sizes[0], self.options.steps
         task = self.task("scn", size, batch_size)
         plain, slow = self.task("scn", size, batch_size, "--precision", "fp32"), torch.contiguous_format
-        layout, single = self.task("scn", size, batch_size, layout=slow), self.task("scn", size, batch_size, fused=False)
+        layout = self.task("scn", size, batch_size, layout=slow)
+        single = self.task("scn", size, batch_size, fused=False)
         undecoded = Undecoded(task.loader.images, task.sources)
         keywords = task.loader.images.to_input.keywords
         mapped = common.Images(task.loader.images.images.cpu(), size, self.device, keywords["mean"], keywords["std"], 0)
@@ -433,7 +434,8 @@ class Bench:
     def growth(self):
         """An epoch of all but the network: order, batches, augmentation, relabelling, metrics, prediction."""
         size, device = 48, self.device
-        faces = torch.stack([torch.from_numpy(toyfaces.draw_face("train", i)[0]) for i in range(100)]).permute(0, 3, 1, 2)
+        faces = torch.stack([torch.from_numpy(toyfaces.draw_face("train", i)[0]) for i in range(100)])
+        faces = faces.permute(0, 3, 1, 2)
         for count in self.options.growth:
             with Peak(device) as peak:
                 images = common.Images(faces.repeat(-(-count // 100), 1, 1, 1)[:count].contiguous(), size, device)
@@ -460,7 +462,8 @@ class Bench:
         data = [*self.data(self.options.images), "--out", str(self.folder / "runs")]
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, str(ROOT / "cocuring.py"), *data, *flags], capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "cocuring.py"), *data, *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.perf_counter() - began
         if done.returncode:
             raise UserError(f"cocuring.py {' '.join(flags)}: {done.stderr.strip()}")
@@ -502,14 +505,16 @@ def page_of(record: dict) -> list[str]:
     where = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
     lines = [f"### {where}", "", f"torch {about['torch']}, {'bf16' if about['bf16'] else 'float32'}, "
              f"{about['threads']} threads, {record['rounds']} rounds of {record['steps']} steps, load at the start "
-             f"{about['load']}{', `--quick`' if record['quick'] else ''}. {record['rate'] / 1e12:.2f} TFLOP/s in a product "
+             f"{about['load']}{', `--quick`' if record['quick'] else ''}. "
+             f"{record['rate'] / 1e12:.2f} TFLOP/s in a product "
              "of matrices.", ""]
 
     def speed(kind):
         return f"{kind['images/s']:,.0f}"
 
     if rows := sections.get("methods"):
-        lines += table("method | pixels | batch | images/s | ms a step | loader / synthetic | again | reference, images/s |"
+        lines += table("method | pixels | batch | images/s | ms a step | loader / synthetic | again | "
+                       "reference, images/s |"
                        " times as fast | memory | of the matrix rate", [
             [r["method"], str(r["size"]), str(r["batch"]), speed(k["loader"]),
              f"{1000 * r['batch'] / k['loader']['images/s']:.1f}", times(k["loader"]), times(k["synthetic, again"]),
@@ -530,7 +535,8 @@ def page_of(record: dict) -> list[str]:
             [f"{r['images']:,}", f"{r['seconds']:.2f}", f"{1e6 * r['seconds'] / r['images']:.0f}",
              f"{r['peak'] / 2**30:.2f} GiB"] for r in rows])
     for r in sections.get("command", []):
-        lines += [f"`{r['command']}`, {r['images']:,} images: {r['seconds']:.0f} s from start to end, of which the epochs "
+        lines += [f"`{r['command']}`, {r['images']:,} images: {r['seconds']:.0f} s from start to end, "
+                  f"of which the epochs "
                   f"take {r['epochs']:.0f} s.", ""]
     return lines
 

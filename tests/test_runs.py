@@ -395,7 +395,8 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(script, tmp_path):
     folder = tmp_path / "run"
     for name in ("weights.png", "events.out.tfevents.1", "model.pt.tmp77"):  # of a run
         (folder / name).write_text("old")
-    mine = ("mine.png", "labels.csv.bak", "model.pt.tmp", "x.tmp12", "model_pt.tmp5", "last.pt.tmp5.bak", "sub/model.pt")
+    mine = ("mine.png", "labels.csv.bak", "model.pt.tmp", "x.tmp12", "model_pt.tmp5")
+    mine += ("last.pt.tmp5.bak", "sub/model.pt")
     (folder / "sub").mkdir()
     for name in mine:
         (folder / name).write_text("precious")
