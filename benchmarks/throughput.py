@@ -331,6 +331,7 @@ class Bench:
         """images: no more than the steps need, for some methods predict on all of them first."""
         if method == "jointgan":  # it needs a power of two
             size = max(64, 1 << (size - 1).bit_length())
+            flags = [*flags, "--width", "0.25"] if self.options.quick else flags
         count = min(self.options.images, batch_size * (self.options.steps + 3))
         argv = [*self.data(count), "--size", str(size), "--batch-size", str(batch_size), "--warm-up", "0",
                 "--device", self.options.device, "--out", str(self.folder / "runs"), "--name", f"run{self.made}",
@@ -361,9 +362,12 @@ class Bench:
         for size, method in itertools.product(self.options.sizes, self.options.methods):
             batch_size = self.options.batch_sizes[0]
             task = self.task(method, size, batch_size)
-            reference = self.task(method, size, batch_size, "--precision", "fp32", reference=True)
             with Peak(self.device) as peak:
-                task.measure(task.own_batches(), 2)
+                seconds, _ = task.measure(task.own_batches(), 1)
+            if seconds > self.options.longest:
+                print(f"{method}.py, {task.flags.size} px: {seconds:.0f} s a step, left out (--longest)")
+                continue
+            reference = self.task(method, size, batch_size, "--precision", "fp32", reference=True)
             row = {"method": method, "size": task.flags.size, "batch": batch_size, "peak": peak.bytes}
             row |= {"kinds": compare(self.sources_of(task, reference), self.options.rounds)}
             row["share"] = operations(task) * row["kinds"]["loader"]["images/s"] / self.rate
@@ -603,6 +607,8 @@ def parse_args(argv):
     add("--rounds", type=positive, help="how often all kinds take their turns (default: 5; quick: 2)")
     add("--images", type=number(int, 64), help=f"photographs (default: {FACES}, as RAF-DB; quick: 256)")
     add("--growth", nargs="+", type=number(int, 128), help="numbers of images in `growth` (default: 1000 to 100000)")
+    add("--longest", type=number(float, 0), default=20, help="leave methods out whose step takes longer, in seconds "
+        "(default: 20)")
     add("--compile", action="store_true", help="measure torch.compile too: minutes")
     add("--device", default="auto", help="cpu, cuda; auto: cuda if there is one (default: auto)")
     add("--out", default="speed", help="name of the .json and the .png that are written (default: speed)")
