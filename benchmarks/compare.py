@@ -341,8 +341,8 @@ def write_docs() -> None:
         "",
         "Per cent; mean ± standard deviation over the seeds. `best` is the highest test accuracy of any epoch,",
         "selected on the test set as in most papers; `last5` the mean of the last five epochs; `final` the last; mean",
-        "class accuracy is that of the last one; CCC the mean of both dimensions. `passes`: forward-backward passes that",
-        "an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
+        "class accuracy is that of the last one; CCC the mean of both dimensions. `passes`: forward-backward passes",
+        "that an image makes in an epoch. Written by `python benchmarks/compare.py` from `benchmarks/results/`.",
     ]
     for suite, what in SUITES.items():
         rows = records(suite)
