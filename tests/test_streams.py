@@ -68,9 +68,6 @@ def test_other_errors_are_not_hidden(capsys):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_end_like_ctrl_c_and_only_inside(name, capsys):
-    number = getattr(signal, name)
-    before = signal.getsignal(number), sys.stdout, sys.stderr, threading.excepthook
-
     @reports_errors
     def main(argv=None):
         try:
@@ -80,9 +77,14 @@ def test_signals_end_like_ctrl_c_and_only_inside(name, capsys):
             print("cleaned up")
             raise
 
-    assert main() == 130
+    number, before = getattr(signal, name), (sys.stdout, sys.stderr, threading.excepthook)
+    handler = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        assert main() == 130 and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, handler)
     assert capsys.readouterr() == ("cleaned up\n", "interrupted\n")
-    assert (signal.getsignal(number), sys.stdout, sys.stderr, threading.excepthook) == before
+    assert (sys.stdout, sys.stderr, threading.excepthook) == before
 
 
 def test_a_signal_that_nohup_ignores_stays_so():
