@@ -20,6 +20,7 @@ first step is not timed.
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import itertools
@@ -28,7 +29,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -60,7 +60,7 @@ from common import UserError  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results" / "speed", ROOT / "docs"
 METHODS = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef train_one_epoch(" in path.read_text())
-SECTIONS = ("loaders", "methods", "switches", "batches", "growth", "command")
+SECTIONS = ("loaders", "methods", "switches", "batches", "growth", "command", "precision")
 FACES, PIXELS = 12271, 100  # as RAF-DB's training set
 
 
@@ -265,10 +265,10 @@ def compare(kinds: dict, rounds: int) -> dict:
     first = next(iter(kinds))
     kinds = {**kinds, f"{first}, again": kinds[first]}
     times, order = {name: [] for name in kinds}, list(kinds)
-    for number_ in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name in order:
             seconds, images = kinds[name]()
-            if number_:  # the first round warms up
+            if turn:  # the first round warms up
                 times[name].append(seconds / images)
         order.reverse()
     result = {}
@@ -280,25 +280,31 @@ def compare(kinds: dict, rounds: int) -> dict:
 
 
 class Peak:
-    """`with Peak(device) as peak`: then peak.bytes, the most memory of the device, or of this process on the CPU."""
+    """`with Peak(device) as peak`: then peak.bytes, the most memory that the block took beyond what was taken before.
+
+    Of the device; on the CPU that of this process, on Linux (elsewhere 0).
+    """
 
     def __init__(self, device):
-        self.device = device
+        self.device, self.status = device, Path("/proc/self/status")
+
+    def process(self, key: str) -> int:
+        return 1024 * int(re.search(rf"{key}:\s+(\d+)", self.status.read_text())[1]) if self.status.exists() else 0
 
     def __enter__(self):
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif os.path.exists("/proc/self/clear_refs"):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            if self.status.exists():
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self.before = self.process("VmRSS")
         return self
 
     def __exit__(self, *error):
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
-        elif os.path.exists("/proc/self/status"):
-            self.bytes = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        else:
-            self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the highest; its unit is the system's
+        cuda = self.device.type == "cuda"
+        self.bytes = (torch.cuda.max_memory_allocated(self.device) if cuda else self.process("VmHWM")) - self.before
 
 
 def matrix_rate(device, size: int) -> float:
@@ -361,8 +367,8 @@ class Bench:
     def methods(self):
         for size, method in itertools.product(self.options.sizes, self.options.methods):
             batch_size = self.options.batch_sizes[0]
-            task = self.task(method, size, batch_size)
             with Peak(self.device) as peak:
+                task = self.task(method, size, batch_size)
                 seconds, _ = task.measure(task.own_batches(), 1)
             if seconds > self.options.longest:
                 print(f"{method}.py, {task.flags.size} px: {seconds:.0f} s a step, left out (--longest)")
@@ -426,14 +432,26 @@ class Bench:
         for size in self.options.sizes:
             for batch_size in self.options.batch_sizes[1:]:
                 try:
-                    task = self.task("scn", size, batch_size)
                     with Peak(self.device) as peak:
+                        task = self.task("scn", size, batch_size)
                         task.measure(task.own_batches(), 1)
                     kinds = {"loader": lambda task=task: task.measure(task.own_batches(), self.options.steps)}
                     found = compare(kinds, self.options.rounds)["loader"]
                 except torch.OutOfMemoryError:
                     break
                 yield {"size": size, "batch": batch_size, "images/s": found["images/s"], "peak": peak.bytes}
+
+    def precision(self):
+        """bf16 beside float32 for every network that a script can train; nothing where bf16 is not native."""
+        size, batch_size, steps = self.options.sizes[0], self.options.batch_sizes[0], self.options.steps
+        choices = [("scn", max(size, getattr(backbone, "size", 0)), ("--backbone", name))
+                   for name, backbone in common.BACKBONES.items()] + [("jointgan", size, ())]
+        for method, pixels, flags in choices if common.has_bf16(self.device) else []:
+            tasks = [self.task(method, pixels, batch_size, *flags, "--precision", kind) for kind in ("fp32", "bf16")]
+            kinds = {kind: lambda task=task: task.measure(task.own_batches(), steps)
+                     for kind, task in zip(("float32", "bf16"), tasks)}
+            row = {"command": " ".join([f"{method}.py", *flags]), "size": tasks[0].flags.size, "batch": batch_size}
+            yield row | {"kinds": compare(kinds, self.options.rounds)}
 
     def growth(self):
         """An epoch of all but the network: order, batches, augmentation, relabelling, metrics, prediction."""
@@ -538,6 +556,10 @@ def page_of(record: dict) -> list[str]:
         lines += table("images | seconds an epoch, without the network | microseconds an image | memory", [
             [f"{r['images']:,}", f"{r['seconds']:.2f}", f"{1e6 * r['seconds'] / r['images']:.0f}",
              f"{r['peak'] / 2**30:.2f} GiB"] for r in rows])
+    if rows := sections.get("precision"):
+        lines += table("network | pixels | batch | float32, images/s | bf16, images/s | times as fast | again", [
+            [f"`{r['command']}`", str(r["size"]), str(r["batch"]), speed(k["float32"]), speed(k["bf16"]),
+             times(k["bf16"], True), times(k["float32, again"])] for r in rows for k in [r["kinds"]]])
     for r in sections.get("command", []):
         lines += [f"`{r['command']}`, {r['images']:,} images: {r['seconds']:.0f} s from start to end, "
                   f"of which the epochs "
@@ -556,11 +578,15 @@ def picture_of(record: dict):
         places = [i + (k - 1) * 0.27 for i in range(len(rows))]
         first.barh(places, [r["kinds"][kind]["images/s"] for r in rows], 0.27, label=kind, color=colour)
     first.set_yticks(range(len(rows)), [f"{r['method']}, {r['size']} px" for r in rows], fontsize=8)
-    first.set(xlabel="training images/s", xscale="log")
+    first.set(xlabel="training images/s")
     for size in dict.fromkeys(r["size"] for r in sections.get("batches", [])):
         points = [(r["batch"], r["images/s"]) for r in sections["batches"] if r["size"] == size]
         second.plot(*zip(*points), "o-", label=f"{size} px")
-    second.set(xlabel="batch size", ylabel="training images/s, scn.py", xscale="log", yscale="log")
+    sizes = sorted({r["batch"] for r in sections.get("batches", [])})
+    second.set(xlabel="batch size", ylabel="training images/s, scn.py", xscale="log")
+    second.set_xticks(sizes, [str(size) for size in sizes])
+    second.set_xticks([], minor=True)
+    second.set_ylim(bottom=0)
     for r in sections.get("switches", []):
         names = list(r["kinds"])
         third.barh(names, [r["kinds"][name]["ratio"][0] for name in names], color="C0")
@@ -571,7 +597,9 @@ def picture_of(record: dict):
         counts = [r["images"] for r in rows]
         fourth.plot(counts, [r["seconds"] for r in rows], "o-", label="seconds an epoch, without the network")
         fourth.plot(counts, [r["peak"] / 2**30 for r in rows], "s--", label="memory, GiB")
-        fourth.set(xlabel="training images", xscale="log", yscale="log")
+        fourth.set(xlabel="training images")
+        fourth.tick_params(axis="x", labelsize=8)
+        fourth.set_ylim(bottom=0)
     for axes in (first, second, fourth):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
@@ -598,12 +626,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, number(int, 1)
     add("--quick", action="store_true", help="small and few measurements: shows that it runs, and the orders of size")
-    add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections (default: all)")
+    add("--only", nargs="+", choices=SECTIONS, help="sections (default: all; quick: all but precision)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="scripts (default: all)")
     add("--sizes", nargs="+", type=positive, help="pixels (default: 48 112 224; quick: 48)")
     add("--batch-sizes", nargs="+", type=number(int, 2), help="the first is that of all sections but `batches`, which "
         "takes the others (default: 64, on a GPU 256, then 32 to 1024; quick: 32, then 16 32 64)")
-    add("--steps", type=positive, help="timed steps of a measurement (default: 8; quick: 3)")
+    add("--steps", type=positive, help="timed steps of a measurement (default: 8; quick: 2)")
     add("--rounds", type=positive, help="how often all kinds take their turns (default: 5; quick: 2)")
     add("--images", type=number(int, 64), help=f"photographs (default: {FACES}, as RAF-DB; quick: 256)")
     add("--growth", nargs="+", type=number(int, 128), help="numbers of images in `growth` (default: 1000 to 100000)")
@@ -612,12 +640,13 @@ def parse_args(argv):
     add("--compile", action="store_true", help="measure torch.compile too: minutes")
     add("--device", default="auto", help="cpu, cuda; auto: cuda if there is one (default: auto)")
     add("--out", default="speed", help="name of the .json and the .png that are written (default: speed)")
-    add("--write", action="store_true", help=f"measure nothing: put all records of {RESULTS.relative_to(ROOT)}/ into "
+    add("--write", action="store_true", help="measure nothing: put all records of benchmarks/results/speed/ into "
         "docs/speed.md")
-    args, quick = parser.parse_args(argv), False
+    args = parser.parse_args(argv)
     quick, gpu = args.quick, args.device != "cpu" and torch.cuda.is_available()
     for key, small, full in (
-        ("sizes", [48], [48, 112, 224]), ("steps", 3, 8), ("rounds", 2, 5), ("images", 256, FACES),
+        ("only", SECTIONS[:-1], SECTIONS), ("sizes", [48], [48, 112, 224]), ("steps", 2, 8), ("rounds", 2, 5),
+        ("images", 256, FACES),
         ("batch_sizes", [32, 16, 32, 64], [256 if gpu else 64, 32, 64, 128, 256, 512, 1024]),
         ("growth", [200, 400, 800], [1000, 3000, 10000, 30000, 100000]),
     ):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from support import figures
 from support.datasets import IMAGE_SUFFIXES, decode, decode_all, read_index
-from support.runs import PRECISIONS, SIZES, accuracy_scalars, confusion_matrix, is_unfinished
+from support.metrics import accuracy_scalars, confusion_matrix
+from support.runs import PRECISIONS, SIZES, is_unfinished
 from support.streams import reason_of
 
 import numpy as np

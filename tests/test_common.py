@@ -5,7 +5,6 @@ import time
 import zipfile
 from functools import partial
 
-from support import runs
 from support.augmentation import augment, rand_augment
 from support.networks import Classifier, parameter_groups, to_device
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import cocuring
@@ -462,11 +460,3 @@ def test_a_total_loss_that_is_not_finite_names_its_step(value):
         means.add("loss", total=torch.tensor(loss), part=torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match="step 2 of 3"):
         means.result()
-
-
-def test_area_under_the_curve_is_that_of_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(5, (60,), generator=generator) / 5  # with ties
-    positive = torch.rand(60, generator=generator) < 0.3
-    assert runs.auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
-    assert runs.auroc(scores, torch.zeros(60, dtype=torch.bool)) == 0.5 == runs.auroc(scores, scores >= 0)

@@ -102,6 +102,7 @@ BAD = {
     "another shape": weights("head.weight", lambda value: value[:, :3]),
     "not a number": weights("head.weight", nan),
     "infinite": weights("backbone.bn.running_mean", lambda value: value / 0),
+    "infinite where nobody sees it": weights("backbone.bn.bias", lambda value: value - torch.inf),
     "variances below zero": weights("backbone.bn.running_var", lambda value: -1 - value),
     "a class too many": lambda state: state["classes"].append("joy"),
     "two classes of one name": lambda state: state["classes"].__setitem__(0, state["classes"][1]),
@@ -112,6 +113,7 @@ BAD = {
     "no size": edit(args_size=None),
     "a huge size": edit(args_size=10**8),
     "a size of 0": edit(args_size=0),
+    "a size that no flag takes": edit(args_size=4097),
     "a size that is none": edit(args_size="32"),
     "no precision": edit(args_precision=None),
     "a precision that is none": edit(args_precision="x"),
@@ -164,6 +166,7 @@ def test_a_file_that_is_cut_or_has_a_bit_flipped(state, load, tmp_path):
         ("os", "no script"),
         ("", "no script"),
         ("tests.conftest", "no script"),
+        ("tests/conftest", "no script"),
     ],
 )
 def test_only_scripts_of_methods_restore(method, words):

@@ -266,7 +266,7 @@ def test_classes_of_another_data_set_are_matched_by_name(tiny, tmp_path, capsys)
 
 def test_what_is_no_model_is_refused(tiny, tmp_path, capsys):
     assert scn.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
-    folder, run = build_folder_splits(tmp_path / "animals", classes=("cat", "dog")), tmp_path / "run"
+    folder, run = build_folder_splits(tmp_path / "animals", classes=("cat", "happy")), tmp_path / "run"
     for flags, words in (
         (["--from-checkpoint", str(run / "last.pt")], "not a model.pt"),
         (["--from-checkpoint", str(tmp_path / "none.pt")], "no such checkpoint"),

@@ -397,6 +397,7 @@ def test_main_hands_the_right_things_to_the_loop(flags, record):
             assert len(drawn) == len(given) and counts.max() - counts.min() <= 1
         else:
             assert sorted(drawn.tolist()) == list(range(len(given)))
+        assert {len(index) for _, index in batches} == {args.batch_size}
         for (_, strong), _ in batches:
             assert (strong is None) == (not selecting or not args.negative)  # not made in vain
         if args.select_by == "average" and selecting:
@@ -415,6 +416,12 @@ def test_main_hands_the_right_things_to_the_loop(flags, record):
     same_weights(plain, torch.load(folder / "model.pt", weights_only=True)["networks"][0])
     probs = predicted(plain, faces)
     assert scores == pytest.approx((probs.amax(1) - probs[range(len(given)), given]).tolist(), abs=1e-4)
+
+
+def test_the_order_follows_the_seed(record):
+    first, again, other = (record("--epochs", "1", "--seed", seed)[1][0] for seed in ("1", "1", "2"))
+    orders = [torch.cat([index for _, index in batches]) for batches in (first, again, other)]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
 def test_the_views_are_what_the_flags_say(record):

@@ -1,5 +1,6 @@
 """SCN: losses and rules against hand-computed cases, then the script itself, in-process, on tiny input."""
 
+import copy
 import csv
 import json
 import math
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import scn
 from scn import logit_weighted_cross_entropy, rank_regularization, relabel, relabel_all
@@ -110,6 +112,127 @@ def test_ties_leave_both_groups_their_size_and_one_sample_is_left_alone():
     assert relabel(probs, torch.full((10,), 0.5), labels).sum() == 3
     one = relabel(probs[:1], torch.tensor([0.1]), labels[:1])
     assert one.tolist() == [0] and one is not labels
+
+
+# train_one_epoch, Sec. 3, on batches of one's own
+
+
+class Small(nn.Module):
+    """A backbone, a head, the attention and its margin: a few dozen weights."""
+
+    def __init__(self, margin):
+        super().__init__()
+        torch.manual_seed(0)
+        # (no bias before the batch normalisation: Adam would follow its rounding errors)
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU())
+        self.head, self.attention = nn.Linear(8, 4), nn.Linear(8, 1)
+        self.margin = nn.Parameter(torch.tensor(margin))
+
+    def forward(self, x):
+        features = self.backbone(x)
+        return self.head(features), 1 / (1 + torch.exp(-self.attention(features)[:, 0]))
+
+
+def small_data():
+    """Labels of 44 samples, 40 % wrong, and batches: in each eight samples have two views, the last is in none."""
+    generator = torch.Generator().manual_seed(5)
+    clean = torch.arange(44) % 4
+    centres = 2 * torch.randn(4, 3, 2, 2, generator=generator)
+    x = centres[clean] + 0.5 * torch.randn(44, 3, 2, 2, generator=generator)
+    given = torch.where(torch.rand(44, generator=generator) < 0.4, (clean + 1) % 4, clean)
+    parts = torch.randperm(43, generator=generator).split([15, 15, 13])
+    places = [torch.cat([part, part[3:11]]) for part in parts]
+    return given, [(x[i] + torch.randn(len(i), 3, 2, 2, generator=generator), i) for i in places]
+
+
+def plain_epoch(network, optimizer, batches, labels, relabelling, args):
+    """Sec. 3, sample by sample. Returns the scalars, the alphas, and how often a later view in the high group came."""
+    names = ("loss/wce", "loss/rank", "loss/total", "weight/high", "weight/low", "accuracy/train")
+    sums, alphas, changed, kept = dict.fromkeys(names, 0.0), [-1.0] * len(labels), 0, 0
+    for x, index in batches:
+        y, n, before = labels[index].tolist(), len(index), labels.clone()
+        z, alpha = network(x)
+        scaled = [alpha[i] * z[i] if args.weights else z[i] for i in range(n)]
+        p = [(own - own.max()).exp() / (own - own.max()).exp().sum() for own in scaled]
+        wce = -sum(p[i][y[i]].log() for i in range(n)) / n  # Eq. 2
+        ranked = sorted(range(n), key=lambda i: alpha[i].item(), reverse=True)
+        m = int(args.beta * n + 1e-9)
+        high, low = (sum(alpha[i] for i in rows) / len(rows) for rows in (ranked[:m], ranked[m:]))  # Eq. 4
+        margin = network.margin if args.learn_margin else args.margin1
+        rank = torch.relu(margin - (high - low))  # Eq. 3
+        loss = args.gamma * rank + (1 - args.gamma) * wce if args.rank else wce
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        best = [own.argmax().item() for own in p]
+        hits = sum(best[i] == y[i] for i in range(n)) / sum(len(index) for _, index in batches)
+        numbers = [wce.item(), rank.item(), loss.item(), high.item(), low.item()]
+        for name, value in zip(names, [*(value / len(batches) for value in numbers), hits]):
+            sums[name] += value
+        everywhere = args.relabel_batch or not (args.weights or args.rank)
+        for i, place in enumerate(index.tolist()):
+            alphas[place] = alpha[i].item()
+            if relabelling and (everywhere or i in ranked[m:]):  # Eq. 5
+                labels[place] = best[i] if p[i][best[i]] - p[i][y[i]] > args.margin2 else y[i]
+            elif labels[place] != before[place]:
+                kept += 1
+        changed += (labels != before).sum().item()
+    return sums | {"relabel/this_epoch": changed, "weight/margin1": network.margin.item()}, alphas, kept
+
+
+SGD = ["--optimizer", "sgd", "--weight-decay", "0.03", "--lr", "0.2", "--head-lr", "0.1"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--gamma", "0.2", "--beta", "0.4", "--margin1", "0.4", "--margin2", "0.15"],
+        ["--learn-margin", "--weight-decay", "0.01"],
+        ["--relabel-batch", "--warm-up", "3"],
+        ["--no-weights"],
+        ["--no-rank"],
+        ["--no-weights", "--no-rank"],
+        ["--no-weights", "--no-rank", "--no-relabel"],
+        SGD,
+    ],
+    ids=" ".join,
+)
+def test_an_epoch_is_section_3_written_plainly(flags):
+    fixed = ["--epochs", "8", "--precision", "fp32", "--lr", "0.05", "--head-lr", "0.02"]
+    args = scn.parse_args([*fixed, "--warm-up", "1", "--margin2", "0.05", *flags])
+    given, batches = small_data()
+    network = Small(args.margin1)
+    network.margin.requires_grad_(args.learn_margin)
+    optimizer, scheduler = scn.make_optimizer(network, args)
+    plain = copy.deepcopy(network)
+    groups = [
+        dict(params=plain.backbone.parameters(), lr=args.lr),
+        dict(params=[*plain.head.parameters(), *plain.attention.parameters(), plain.margin], lr=args.head_lr),
+    ]
+    if args.optimizer == "sgd":
+        own_optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
+    else:
+        own_optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay)
+    current, labels, kept = given.clone(), given.clone(), 0
+    for t in range(1, 9):
+        network.eval()  # the epoch itself has to put it into training mode
+        scalars, weights = scn.train_one_epoch(network, optimizer, batches, current, t, args)
+        scheduler.step()
+        relabelling = "--no-relabel" not in flags and t > args.warm_up
+        expected, alphas, undone = plain_epoch(plain, own_optimizer, batches, labels, relabelling, args)
+        kept += undone
+        for group in own_optimizer.param_groups:
+            group["lr"] *= (0.1 if t in (3, 6) else 1) if args.optimizer == "sgd" else 0.95
+        assert torch.equal(current, labels)
+        expected["weight/gap"] = expected["weight/high"] - expected["weight/low"]
+        assert scalars == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        torch.testing.assert_close(weights, torch.tensor(alphas), rtol=1e-4, atol=1e-5)
+        assert weights[43] == -1 and (weights[:43] > 0).all()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert (current != given).sum() > 3 or "--no-relabel" in flags
+    assert kept > 0 or flags  # a sample was relabelled in the low group and seen in the high group in one batch
 
 
 # The script

@@ -414,6 +414,7 @@ def fixed(monkeypatch):
         ["--rebalance", "none"],
         ["--no-semi"],
         ["--no-detect"],
+        ["--no-detect", "--detect-by", "confidence"],
         ["--alpha", "1", "--pseudo-weight", "0.5", "--consistency-weight", "0.7", "--margin-scale", "0.93"],
     ],
 )
@@ -575,6 +576,7 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
         else:
             assert (times == 1).all()
         semi = args.semi and epoch > args.warm_up
+        assert {len(index) for _, index in batches} == {args.batch_size}
         assert all((strong is None) == (not semi) for (_, strong), _ in batches)  # not made in vain
         expected = plain_division_scalars(division, given, clean, torch.tensor(division.clean).float())
         expected |= plain_epoch(plain, adam, batches, given, division, clean, semi, args, after_step)
@@ -592,6 +594,12 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
     same_weights(average, torch.load(folder / "model.pt", weights_only=True)["networks"][0])
     probs = predicted(average, faces)
     assert scores == pytest.approx((probs.amax(1) - probs[range(len(given)), given]).tolist(), abs=1e-4)
+
+
+def test_the_order_follows_the_seed(record):
+    first, again, other = (record("--epochs", "1", "--seed", seed)[1][0] for seed in ("1", "1", "2"))
+    orders = [torch.cat([index for _, index in batches]) for batches in (first, again, other)]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
 def test_the_views_are_what_the_flags_say(record):
