@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 
 from support.datasets import decode_all, load_train_index, write_labels, write_va
+from support.distributed import reports_errors
 from support.inference import load_model
-from support.runs import Parser, add_index_args, check_data_args, reports_errors
+from support.runs import Parser, add_index_args, check_data_args
 
 import torch
 

@@ -21,18 +21,10 @@ from functools import partial
 from support import figures
 from support.augmentation import augment, random_affine
 from support.datasets import Index, inject, load_data, read_labels, read_va
+from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.networks import to_device
-from support.runs import (
-    Parser,
-    Run,
-    add_data_args,
-    add_training_args,
-    number,
-    parse_with_presets,
-    positive_int,
-    reports_errors,
-)
+from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, positive_int
 
 import torch
 import torch.nn.functional as F

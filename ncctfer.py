@@ -19,9 +19,10 @@ from functools import partial
 from support import figures
 from support.augmentation import augment, rand_augment
 from support.datasets import load_data
+from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.networks import Averaged, Head, parameter_groups, to_device
-from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
+from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import torch
 import torch.nn.functional as F

@@ -21,18 +21,11 @@ from functools import partial
 from support import figures
 from support.augmentation import augment, rand_augment
 from support.datasets import load_data
+from support.distributed import reports_errors
 from support.inference import use_checkpoint
+from support.metrics import auroc
 from support.networks import Averaged, Classifier, parameter_groups, to_device
-from support.runs import (
-    Parser,
-    Run,
-    add_data_args,
-    add_training_args,
-    auroc,
-    number,
-    parse_with_presets,
-    reports_errors,
-)
+from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import torch
 import torch.nn.functional as F

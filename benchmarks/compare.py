@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support.inference import load_model  # noqa: E402 - found through the line above
-from support.runs import summary  # noqa: E402
+from support.metrics import summary  # noqa: E402
 
 import common  # noqa: E402
 

@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support import datasets  # noqa: E402 - found through the line above
+from support.distributed import reports_errors  # noqa: E402
 from support.figures import faces, new_figure  # noqa: E402
-from support.runs import Parser, positive_int, reports_errors  # noqa: E402
+from support.runs import Parser, positive_int  # noqa: E402
 
 import common  # noqa: E402
 import jointgan  # noqa: E402

@@ -52,8 +52,9 @@ from support import toyfaces  # noqa: E402 - found through the line above
 from support.augmentation import augment  # noqa: E402
 from support.datasets import read_index  # noqa: E402
 from support.decoding import decode  # noqa: E402
+from support.distributed import reports_errors  # noqa: E402
 from support.figures import new_figure  # noqa: E402
-from support.runs import number, reports_errors  # noqa: E402
+from support.runs import number  # noqa: E402
 
 import common  # noqa: E402
 from common import UserError  # noqa: E402

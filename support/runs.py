@@ -22,11 +22,9 @@ from pathlib import Path
 from support import distributed, face_backbones, figures  # noqa: F401 - the second registers its networks
 from support.datasets import Split
 from support.decoding import UNPRINTABLE, checksum
-from support.distributed import reports_errors  # noqa: F401 - is taken from here
 from support.metrics import (
     accuracy_scalars,
     audit_scores,
-    auroc,  # noqa: F401 - is taken from here
     confusion_matrix,
     label_scalars,
     summary,

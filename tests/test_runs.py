@@ -18,7 +18,8 @@ from pathlib import Path
 
 from support import figures, runs
 from support.datasets import Split
-from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, reports_errors
+from support.distributed import reports_errors
+from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import numpy as np
 import pytest
