@@ -15,19 +15,39 @@ import argparse
 import csv
 import json
 import os
+import re
+import signal
 import sys
+import threading
+import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: it is told what to print by this
 
+
+def say_interrupted(kind, error, trace, shown=sys.excepthook) -> None:
+    """Ctrl-C while the packages are imported is one line too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        shown(kind, error, trace)
+
+
+if __name__ == "__main__":
+    sys.excepthook = say_interrupted
+
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageOps  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # no other decoder is tried, whatever a file's name says
+NOT_READ = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".dng", ".raw", ".cr2", ".nef", ".psd")
 COLUMNS = ("source", "output", "box", "landmarks", "confidence", "status")
 POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left and right as seen by the viewer
 # Where they come to lie in a crop of side 1 without margin: the template of ArcFace (J. Deng et al., CVPR 2019), 112 px
@@ -41,10 +61,15 @@ class UserError(ValueError):
     """Bad input: one line, exit status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        "align_faces.py", description="Find, align and crop the faces of a folder of photographs."
-    )
+    parser = Parser("align_faces.py", description="Find, align and crop the faces of a folder of photographs.")
     parser.add_argument("photos", type=Path, help="folder of photographs, searched at any depth")
     parser.add_argument("--out", type=Path, default=Path("faces"), help="folder of the crops (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="pixels of the square crops (default: %(default)s)")
@@ -81,16 +106,10 @@ def parse_args(argv=None):
     )
     parser.add_argument("--overwrite", action="store_true", help="do everything anew")
     args = parser.parse_args(argv)
-    if (
-        args.size < 16
-        or args.detect_size < 64
-        or args.workers < 1
-        or not 0 <= args.margin <= 5
-        or not 0 <= args.min_confidence <= 1
-    ):
-        parser.error(
-            "--size is at least 16, --detect-size 64, --workers 1; --margin lies in [0, 5], --min-confidence in [0, 1]"
-        )
+    bounds = dict(size=(16, 4096), detect_size=(64, 8192), workers=(1, 256), margin=(0, 5), min_confidence=(0, 1))
+    for key, (low, high) in bounds.items():
+        if not low <= getattr(args, key) <= high:
+            parser.error(f"--{key.replace('_', '-')} lies in [{low}, {high}]")
     return args
 
 
@@ -150,14 +169,42 @@ def choose(faces: list[dict], which: str, width: int, height: int) -> list[dict]
 detector = None  # of this process; made by `start_worker`
 
 
-def start_worker() -> None:
-    """Make this process's detector, on one thread: the processes share the cores."""
+def start_worker(parent: int | None = None) -> None:
+    """Make this process's detector, on one thread: the processes share the cores. parent: see `watch`."""
     global detector
+    if parent is not None:
+        watch(parent)
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
     from mtcnn import MTCNN
 
     detector = MTCNN()
+
+
+def watch(parent: int) -> None:
+    """End this worker when the process `parent` has ended, however that was; Ctrl-C is the parent's to handle."""
+
+    def end() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end, daemon=True).start()
+
+
+def open_photograph(path: Path) -> Image.Image:
+    """RGB, upright by its EXIF tag. Raises UserError for what cannot be read as a photograph."""
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except MemoryError:
+        raise UserError("it does not fit into the memory") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def find_faces(image: Image.Image, args) -> list[dict]:
@@ -188,20 +235,17 @@ def align(job: tuple[str, str], args) -> list[dict]:
     source, output = job
     row = dict.fromkeys(COLUMNS, "") | {"source": source}
     try:
-        with Image.open(args.photos / source) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return [row | {"status": f"unreadable: {' '.join(str(error).split())}"}]
+        image = open_photograph(args.photos / source)
+    except UserError as error:
+        return [row | {"status": f"unreadable: {error}"}]
     rows = []
     for number, face in enumerate(choose(find_faces(image, args), args.face, *image.size)):
         name = output if number == 0 else f"{output.removesuffix(f'.{args.format}')}_{number + 1}.{args.format}"
         path = args.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        crop(image, face["landmarks"], args.size, args.margin).save(
-            temporary, "JPEG" if args.format == "jpg" else "PNG", quality=95
-        )
-        os.replace(temporary, path)  # a file that is there is whole
+        kind = "JPEG" if args.format == "jpg" else "PNG"
+        face_image = crop(image, face["landmarks"], args.size, args.margin)
+        write_whole(path, lambda file, face_image=face_image: face_image.save(file, kind, quality=95))
         numbers = {key: " ".join(f"{value:.1f}" for value in np.ravel(face[key])) for key in ("box", "landmarks")}
         rows.append(row | numbers | {"output": name, "confidence": f"{face['confidence']:.4f}", "status": "ok"})
     return rows or [row | {"status": "no face"}]
@@ -212,50 +256,112 @@ def align(job: tuple[str, str], args) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def write_whole(path: Path, write) -> None:
+    """Call write(temporary path), then rename it to `path`: a file that is there is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_photographs(folder: Path) -> list[Path]:
+    """All photographs below a folder, relative to it; links to folders are not followed. What is not read is said."""
+    sources, other, closed = [], Counter(), []
+    for place, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        folders.sort()
+        for path in (Path(place, name) for name in files):
+            if path.suffix.lower() in SUFFIXES and path.is_file():  # no pipe, no device: they would block
+                sources.append(path.relative_to(folder))
+            elif path.suffix.lower() in NOT_READ:
+                other[path.suffix.lower()] += 1
+    if closed:
+        raise UserError(f"{closed[0]}: the folder cannot be read ({len(closed)} of them)")
+    for suffix, count in sorted(other.items()):
+        print(f"{count:,} {suffix} files are not read: only {', '.join(SUFFIXES)}")
+    return sorted(sources)
+
+
+def output_names(sources: list[Path], form: str) -> list[str]:
+    """The file of the first face of each photograph: no two photographs ever write one file.
+
+    Compared without case, as some file systems do. Photographs of one name but two suffixes keep the suffix; what is
+    still doubled, or ends like a further face of another ("a_2" beside "a"), gets a dash.
+    """
+    stems = [source.with_suffix("").as_posix() for source in sources]
+    count = Counter(stem.casefold() for stem in stems)
+    for k, source in enumerate(sources):
+        if count[stems[k].casefold()] > 1:
+            stems[k] += f"_{source.suffix[1:].lower()}"
+    while True:
+        known, taken, before = {stem.casefold() for stem in stems}, {"faces"}, list(stems)  # faces.png is the sheet
+        for k, stem in enumerate(stems):
+            further = re.fullmatch(r"(.+)_\d+", stem.casefold(), re.DOTALL)
+            if stem.casefold() in taken or (further and further[1] in known):
+                stems[k] += "-"
+            taken.add(stems[k].casefold())
+        if stems == before:
+            return [f"{stem}.{form}" for stem in stems]
+
+
 def list_jobs(args) -> list[tuple[str, str]]:
-    """(source, output) of every photograph, relative paths; those of one name but two suffixes keep the suffix."""
+    """(source, output) of every photograph, relative paths. Raises UserError for folders that hold one another."""
     if not args.photos.is_dir():
         raise UserError(f"{args.photos}: no such folder")
-    if args.photos.resolve() in (args.out.resolve(), *args.out.resolve().parents):
+    photos, out = args.photos.resolve(), args.out.resolve()
+    if photos in (out, *out.parents):
         raise UserError(f"--out {args.out} lies in {args.photos}: the crops would be taken for photographs")
-    sources = [
-        p.relative_to(args.photos)
-        for p in sorted(args.photos.rglob("*"))
-        if p.suffix.lower() in SUFFIXES and p.is_file()
-    ]
+    if out in photos.parents:
+        raise UserError(f"{args.photos} lies in --out {args.out}: crops could replace photographs")
+    sources = list_photographs(args.photos)
     if not sources:
         raise UserError(f"{args.photos}: no photographs ({', '.join(SUFFIXES)}) in it")
-    stems = [source.with_suffix("") for source in sources]
-    count = {stem: stems.count(stem) for stem in set(stems)} if len(set(stems)) < len(stems) else {}
-    names = [
-        stem.as_posix() + (f"_{source.suffix[1:].lower()}" if count.get(stem, 1) > 1 else "")
-        for source, stem in zip(sources, stems)
-    ]
-    return [(source.as_posix(), f"{name}.{args.format}") for source, name in zip(sources, names)]
+    return list(zip((source.as_posix() for source in sources), output_names(sources, args.format)))
 
 
-def read_manifest(path: Path, out: Path) -> dict[str, list[dict]]:
-    """The rows of each photograph that is done: its crops are there, or there are none. A cut line is passed over."""
+def read_manifest(path: Path, out: Path, jobs: list[tuple[str, str]]) -> dict[str, list[dict]]:
+    """The rows of each photograph that is done: its crops are there, or there are none, and they have today's names.
+
+    A last line cut by a kill is passed over. Raises UserError for a file that is no manifest.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with open_manifest(path, "r") as file:
+            text = file.read()
+        found = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True), strict=True))
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error}); --overwrite does everything anew") from None
     rows: dict[str, list[dict]] = {}
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if tuple(row) == COLUMNS and row["status"]:
-                    rows.setdefault(row["source"], []).append(row)
-    return {
-        source: found
-        for source, found in rows.items()
-        if all(not row["output"] or (out / row["output"]).exists() for row in found)
-    }
+    for row in found:
+        if tuple(row) != COLUMNS or not row["status"] or None in row.values():
+            raise UserError(f"{path}: is not a list of aligned faces; --overwrite does everything anew")
+        rows.setdefault(row["source"], []).append(row)
+    first = dict(jobs)
+
+    def done(source: str, own: list[dict]) -> bool:
+        names = [row["output"] for row in own if row["output"]]
+        stem, _, form = first.get(source, "").rpartition(".")
+        expected = [f"{stem}.{form}", *(f"{stem}_{k}.{form}" for k in range(2, len(names) + 1))]
+        return names == expected[: len(names)] and all((out / name).is_file() for name in names)
+
+    return {source: own for source, own in rows.items() if source in first and done(source, own)}
 
 
 def write_manifest(path: Path, rows: dict[str, list[dict]]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for source in sorted(rows) for row in rows[source])
-    os.replace(temporary, path)
+    def write(temporary: Path) -> None:
+        with open_manifest(temporary, "w") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for source in sorted(rows) for row in rows[source])
+
+    write_whole(path, write)
+
+
+def open_manifest(path: Path, mode: str):
+    """File names that are not UTF-8 keep their bytes."""
+    return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def check_settings(args) -> None:
@@ -264,8 +370,13 @@ def check_settings(args) -> None:
         key: getattr(args, key) for key in ("size", "margin", "face", "min_confidence", "detect_size", "format")
     } | {"photos": str(args.photos.resolve())}
     note = args.out / "faces.json"
+    if args.out.exists() and not note.exists() and any(args.out.iterdir()):
+        raise UserError(f"--out {args.out} holds files that are not crops of this program: name another folder")
     if note.exists() and not args.overwrite:
-        before = json.loads(note.read_text())
+        try:
+            before = dict(json.loads(note.read_text()))
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{note}: is damaged; --overwrite does everything anew") from None
         for key, value in settings.items():
             if before.get(key) != value:
                 raise UserError(
@@ -273,15 +384,14 @@ def check_settings(args) -> None:
                     "--overwrite does it anew, --out FOLDER makes another"
                 )
     args.out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(note, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def contact_sheet(args, rows: list[dict], count: int = 16, side: int = 160) -> Image.Image:
     """The first photographs with the box and landmarks found, each above its crop."""
     sheet = Image.new("RGB", (side * min(count, len(rows)), 2 * side), "white")
     for k, row in enumerate(rows[:count]):
-        with Image.open(args.photos / row["source"]) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = open_photograph(args.photos / row["source"])
         scale = side / max(image.size)
         image = image.resize([max(1, round(v * scale)) for v in image.size], reducing_gap=2)
         x, y, w, h = (float(v) * scale for v in row["box"].split())
@@ -304,14 +414,14 @@ def run(args) -> None:
         raise UserError("the face detector needs TensorFlow: pip install -r requirements-align.txt") from None
     check_settings(args)
     manifest = args.out / "faces.csv"
-    rows = {} if args.overwrite else read_manifest(manifest, args.out)
+    rows = {} if args.overwrite else read_manifest(manifest, args.out, jobs)
     rows = {source: rows[source] for source, _ in jobs if source in rows}
     todo = [job for job in jobs if job[0] not in rows]
     if rows:
         print(f"{len(rows):,} of {len(jobs):,} photographs are done already")
     write_manifest(manifest, rows)
     work = partial(align, args=args)
-    with open(manifest, "a", newline="", encoding="utf-8") as file:
+    with open_manifest(manifest, "a") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
 
         def take(results):
@@ -324,10 +434,13 @@ def run(args) -> None:
             start_worker()
             take(map(work, todo))
         else:
-            with ProcessPoolExecutor(min(args.workers, len(todo)), get_context("spawn"), start_worker) as pool:
+            count, context = min(args.workers, len(todo)), get_context("spawn")
+            with ProcessPoolExecutor(count, context, start_worker, (os.getpid(),)) as pool:
                 try:
                     take(pool.map(work, todo, chunksize=4))
-                except KeyboardInterrupt:
+                except BrokenProcessPool:
+                    raise UserError("a worker process has died (out of memory?): try fewer --workers") from None
+                except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
     write_manifest(manifest, rows)  # in order
@@ -350,10 +463,45 @@ def run(args) -> None:
             print(f"  {what}: {len(names) - 20:,} more, see {manifest}")
 
 
+class Tolerant:
+    """A text stream whose reader may go away (`| head -1`, a closed terminal): later output is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before Python began
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # a name may not fit the terminal's encoding
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work, *args) -> None:
+        try:
+            work(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def main(argv=None) -> int:
+    streams, handlers = (sys.stdout, sys.stderr), {}
+    sys.stdout, sys.stderr = map(Tolerant, streams)
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
+                handlers[number] = signal.signal(number, interrupt)
     try:
         run(parse_args(argv))
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         print(f"align_faces.py: error: {error}", file=sys.stderr)
         return 2
     except SystemExit as exit_:
@@ -361,6 +509,11 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -1,7 +1,14 @@
 """Alignment: geometry by hand, the detector on a real photograph, the manifest, resuming, and what goes wrong."""
 
 import csv
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,7 +176,7 @@ def test_done_photographs_are_skipped_and_lost_crops_made_again(aligned, tmp_pat
     with open(again / "faces.csv", "a") as file:
         file.write("happy/large.jpg,hap")  # a line that a kill cut
     asked = []
-    monkeypatch.setattr(align_faces, "start_worker", lambda: None)
+    monkeypatch.setattr(align_faces, "start_worker", lambda *parent: None)
     monkeypatch.setattr(align_faces, "find_faces", lambda image, args: asked.append(image.size) or [])
     assert main([str(photos), "--out", str(again), "--format", "png", "--workers", "1"]) == 0
     assert len(asked) == 1 and manifest(again)["happy/turned.jpg"][0]["status"] == "no face"
@@ -239,3 +246,263 @@ def test_without_tensorflow_it_says_how_to_install_it(tmp_path, monkeypatch, cap
     assert main([str(tmp_path), "--out", str(tmp_path.parent / "out-none")]) == 2
     error = capsys.readouterr().err.strip()
     assert "pip install -r requirements-align.txt" in error and len(error.splitlines()) == 1
+
+
+# Nothing is lost, whatever the folder holds: with a detector that finds what it is told
+
+
+def one_face(image, args, count=1):
+    """As many faces as `count` in any photograph, the first one the largest."""
+    places = np.array([[30.0, 30], [60, 30], [45, 45], [32, 60], [58, 60]])
+    return [dict(box=[5, 5, 80 - k, 80 - k], confidence=0.99, landmarks=places) for k in range(count)]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A detector that finds one face everywhere, or so many in photographs of so many pixels."""
+    counts = {}
+    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    monkeypatch.setattr(align_faces, "start_worker", lambda *parent: None)
+    monkeypatch.setattr(align_faces, "find_faces", lambda image, args: one_face(image, args, counts.get(image.size, 1)))
+    return counts
+
+
+def photograph(path, value=128, size=(100, 100)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path)
+    return path
+
+
+def align(photos, out, *more):
+    return main([str(photos), "--out", str(out), "--workers", "1", "--format", "png", *more])
+
+
+def test_outputs_never_collide(fake, tmp_path):
+    fake[(90, 90)] = 3  # three faces in this photograph
+    values = {"A.jpg": 10, "A.JPG": 30, "a.png": 50, "b.jpg": 70, "img_2.jpg": 90, "img_3.jpg": 110, "img-.png": 130}
+    values |= {"faces.png": 150, "c.jpg": 170, "c.bmp": 190, "c_jpg_2.png": 210}
+    for name, value in values.items():
+        photograph(tmp_path / "photos" / name, value)
+    photograph(tmp_path / "photos" / "img.jpg", 240, (90, 90))
+    before = {path: path.read_bytes() for path in (tmp_path / "photos").iterdir()}
+    assert align(tmp_path / "photos", tmp_path / "out", "--face", "all") == 0
+    rows = manifest(tmp_path / "out")
+    outputs = [row["output"] for own in rows.values() for row in own]
+    assert len(outputs) == 14 == len({name.casefold() for name in outputs})
+    for name, value in (values | {"img.jpg": 240}).items():
+        for row in rows[name]:  # each crop shows its own photograph
+            assert abs(int(pixels(tmp_path / "out" / row["output"])[100, 100]) - value) <= 2
+    assert {path: path.read_bytes() for path in (tmp_path / "photos").iterdir()} == before
+    assert Image.open(tmp_path / "out" / "faces.png").size == (14 * 160, 320)  # the sheet, no crop
+
+
+def test_photographs_and_the_files_of_others_are_not_written_over(fake, tmp_path, capsys):
+    photograph(tmp_path / "out" / "photos" / "a.png")
+    assert align(tmp_path / "out" / "photos", tmp_path / "out") == 2
+    assert "lies in --out" in capsys.readouterr().err
+    photograph(tmp_path / "photos" / "a.png")
+    mine = photograph(tmp_path / "mine" / "a.png", 7)
+    content = mine.read_bytes()
+    for more in ([], ["--overwrite"]):
+        assert align(tmp_path / "photos", tmp_path / "mine", *more) == 2
+        assert "not crops" in capsys.readouterr().err and list(mine.parent.iterdir()) == [mine]
+    assert mine.read_bytes() == content
+
+
+def test_a_photograph_whose_name_is_taken_later_is_done_again(fake, tmp_path):
+    photograph(tmp_path / "photos" / "a.png", 50)
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    photograph(tmp_path / "photos" / "a.jpg", 200)
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    rows = manifest(tmp_path / "out")
+    assert [rows[name][0]["output"] for name in ("a.jpg", "a.png")] == ["a_jpg.png", "a_png.png"]
+    for name, value in (("a.jpg", 200), ("a.png", 50)):
+        assert abs(int(pixels(tmp_path / "out" / rows[name][0]["output"])[100, 100]) - value) <= 2
+
+
+def test_photographs_of_16_bits_keep_their_greys(fake, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((100, 100), 200 * 256 + 5, np.uint16)).save(tmp_path / "photos" / "deep.png")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    assert int(pixels(tmp_path / "out" / "deep.png")[100, 100]) == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"BM" + b"\xff" * 60])
+def test_what_is_no_photograph_has_a_row_and_reaches_no_other_decoder(content, fake, tmp_path):
+    photograph(tmp_path / "photos" / "good.png")
+    (tmp_path / "photos" / "bad.jpg").write_bytes(content)
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    (row,) = manifest(tmp_path / "out")["bad.jpg"]
+    assert row["status"].startswith("unreadable: ") and not row["output"]
+
+
+def test_mutated_photographs_are_unreadable_or_read(fake, tmp_path):
+    rng = np.random.default_rng(1)
+    for form in ("png", "jpg", "bmp", "webp"):
+        file = tmp_path / f"a.{form}"
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
+        content = file.read_bytes()
+        for _ in range(50):
+            data = bytearray(content[: rng.integers(1, len(content) + 1)])
+            for place in rng.integers(0, len(data), 4):
+                data[place] = rng.integers(256)
+            file.write_bytes(data)
+            try:
+                assert align_faces.open_photograph(file).mode == "RGB"
+            except align_faces.UserError as error:
+                assert len(str(error).splitlines()) == 1
+
+
+def test_pipes_links_and_other_formats(fake, tmp_path, capsys):
+    photograph(tmp_path / "photos" / "a.png")
+    os.mkfifo(tmp_path / "photos" / "pipe.jpg")
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "b.HEIC").write_bytes(b"x")
+    (tmp_path / "photos" / "c.tif").write_bytes(b"x")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert set(manifest(tmp_path / "out")) == {"a.png"} and "1 .heic files are not read" in said and "1 .tif" in said
+
+
+def test_a_folder_that_cannot_be_listed_is_said(fake, tmp_path, monkeypatch, capsys):
+    photograph(tmp_path / "photos" / "a.png")
+
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/closed"))
+        return iter([])
+
+    monkeypatch.setattr(align_faces.os, "walk", walk)
+    assert align(tmp_path / "photos", tmp_path / "out") == 2
+    assert "closed: the folder cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, text", [
+    ("faces.json", "[1]"), ("faces.json", "{"), ("faces.json", "\xff"), ("faces.csv", "a,b\n1,2\n"),
+    ("faces.csv", 'source,output,box,landmarks,confidence,status\n"a'+"\n"*3), ("faces.csv", "source\n\x00\n"),
+])  # fmt: skip
+def test_a_damaged_record_is_one_line(file, text, fake, tmp_path, capsys):
+    photograph(tmp_path / "photos" / "a.png")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    (tmp_path / "out" / file).write_text(text, encoding="latin-1")
+    capsys.readouterr()
+    assert align(tmp_path / "photos", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "--overwrite" in error and len(error.splitlines()) == 1
+    assert align(tmp_path / "photos", tmp_path / "out", "--overwrite") == 0
+
+
+def test_names_that_are_not_utf_8(fake, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photograph(photos / os.fsdecode(b"caf\xe9.png"))
+    photograph(photos / "gesicht-\N{LATIN SMALL LETTER A WITH DIAERESIS}.png")
+    for again in range(2):
+        assert align(photos, tmp_path / "out") == 0
+    assert "2 of 2 photographs are done already" in capsys.readouterr().out
+    assert b"caf\xe9.png" in (tmp_path / "out" / "faces.csv").read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(fake, tmp_path, monkeypatch, capsys):
+    photograph(tmp_path / "photos" / "a.png")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align_faces.os, "replace", full)
+        assert align(tmp_path / "photos", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and len(error.splitlines()) == 1
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_end_like_ctrl_c_and_the_same_command_goes_on(name, fake, tmp_path, monkeypatch, capsys):
+    for k in range(3):
+        photograph(tmp_path / "photos" / f"{k}.png", 50 * k)
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    seen = []
+
+    def stop(image, args):
+        seen.append(image.size)
+        if len(seen) == 2:
+            os.kill(os.getpid(), number)
+        return one_face(image, args)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(align_faces, "find_faces", stop)
+            assert align(tmp_path / "photos", tmp_path / "out") == 130
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    assert "1 of 3 photographs are done already" in capsys.readouterr().out and len(manifest(tmp_path / "out")) == 3
+
+
+WORKERS = """
+import os, sys, time
+import align_faces
+
+def work(job):
+    open(os.path.join(sys.argv[1], f"{os.getpid()}"), "w").close()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    sys.modules["mtcnn"] = type(sys)("mtcnn")
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with ProcessPoolExecutor(2, get_context("fork"), align_faces.watch, (os.getpid(),)) as pool:
+        list(pool.map(work, range(2)))
+"""
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    script, marks = tmp_path / "workers.py", tmp_path / "marks"
+    script.write_text(WORKERS)
+    marks.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(align_faces.__file__).parent)}
+    parent = subprocess.Popen([sys.executable, str(script), str(marks)], env=environment)
+    end = time.monotonic() + 60
+    while len(list(marks.iterdir())) < 2:
+        assert parent.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.name) for path in marks.iterdir()]
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+RUN = """
+import sys, types
+sys.modules["tensorflow"] = types.ModuleType("tensorflow")
+import align_faces, numpy as np
+align_faces.start_worker = lambda *parent: None
+places = np.array([[30.0, 30], [60, 30], [45, 45], [32, 60], [58, 60]])
+align_faces.find_faces = lambda image, args: [dict(box=[5, 5, 80, 80], confidence=0.99, landmarks=places)]
+sys.exit(align_faces.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "| head -1", "PYTHONIOENCODING=ascii"])
+def test_a_stream_that_nobody_reads_ends_nothing(closed, tmp_path):
+    for k in range(3):
+        photograph(tmp_path / "photos" / f"\N{LATIN SMALL LETTER A WITH DIAERESIS}{k}.png")
+    (tmp_path / "photos" / "\N{LATIN SMALL LETTER A WITH DIAERESIS}.jpg").write_bytes(b"no photograph")
+    (tmp_path / "run.py").write_text(RUN)
+    before, after = (f"{closed} ", "") if "=" in closed else ("", f" {closed}")
+    command = f"{before}{sys.executable} run.py photos --out out --workers 1{after}"
+    environment = os.environ | {"PYTHONPATH": str(Path(align_faces.__file__).parent)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert len(manifest(tmp_path / "out")) == 4
