@@ -5,9 +5,9 @@ minimises (1 - lambda) cross-entropy + lambda KL(peer || itself), and lambda gro
 clean labels before mimicry keeps the networks from memorising the wrong ones. After a warm-up a label is replaced where
 both networks agree on another class by a margin delta.
 
-    python cocuring.py --data toy --noise 0.4                                  # needs no data, under 4 minutes on 2
-    cores python cocuring.py --data toy --noise 0.4 --lambda-max 0 --no-relabel      # the baseline of Table 2 python
-    cocuring.py --data raf --root data/raf --noise 0.2 --pretrained resnet18_msceleb.pth
+    python cocuring.py --data toy --noise 0.4                                  # needs no data
+    python cocuring.py --data toy --noise 0.4 --lambda-max 0 --no-relabel      # the baseline of Table 2
+    python cocuring.py --data raf --root data/raf --noise 0.2 --pretrained resnet18_msceleb.pth
 
 Measured (docs/cocuring.md): toy, 40 % noise, 3 seeds, CPU: last5 99.5 +- 0.1 % against 88.2 +- 1.9 % for the baseline
 and 99.8 +- 0.1 % for clean labels. FERPlus (10,000 images, from scratch, one seed): 69.0 %, its baseline 69.6 %.

@@ -56,6 +56,10 @@ def parse_args(argv=None):
     add("--select-by", choices=("batch", "average"), default="batch", help="whose probabilities Eqs. 1-2 take: those "
         "of the batch in training (paper), or once an epoch those of an averaged network on all samples (ours)")
     add("--ema", type=number(float, 0, 1, open_high=True), default=0.98, help="decay of that averaged network, a step")
+    add("--clamp", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), help="Eqs. 1-2 take probabilities "
+        "clamped to this range (official code: 0.35 0.65; paper: none)")
+    add("--negative-weight", type=number(float, 0), default=1.0, help="weight of L_c in Eq. 5 (paper: 1; the sums of "
+        "the official code amount to about 0.03)")
     add("--no-threshold", dest="threshold", action="store_false", help="Table 5: all samples are confident; with "
         "--no-negative the baseline")
     add("--no-negative", dest="negative", action="store_false", help="Table 5, Baseline+pc: confident samples only")
@@ -72,6 +76,8 @@ def parse_args(argv=None):
     args = parse_with_presets(parser, PRESETS, argv)
     if args.negative and not args.threshold:
         parser.error("--no-threshold leaves no sample for the negative loss: give --no-negative too")
+    if args.clamp and args.clamp[0] > args.clamp[1]:
+        parser.error(f"--clamp {args.clamp[0]} {args.clamp[1]}: the lower end comes first")
     if args.single_head and not args.negative:
         parser.error("--single-head is a form of the negative loss: it cannot go with --no-negative")
     return args
@@ -179,8 +185,9 @@ def train_one_epoch(
         with common.autocast(device, args.precision):
             positive, negative = network(weak)
         probs, p_n = positive.detach().softmax(1), negative.detach().softmax(1)
-        t_c = class_thresholds(probs, y, probs.shape[1])  # Eq. 1
-        sure = confident(probs, y, t_c) if chosen is None else chosen[index]  # Eq. 2
+        clamped = probs.clamp(*args.clamp) if args.clamp else probs
+        t_c = class_thresholds(clamped, y, probs.shape[1])  # Eq. 1
+        sure = confident(clamped, y, t_c) if chosen is None else chosen[index]  # Eq. 2
         l_s = supervised_loss(positive, y, sure if selecting else torch.ones_like(sure))  # Eq. 3
         l_c = torch.zeros_like(l_s)
         if args.negative and selecting:
@@ -188,7 +195,7 @@ def train_one_epoch(
                 positive_s, negative_s = network(strong.to(device))
             views = (positive, positive_s) if args.single_head else (negative, negative_s)
             l_c = negative_consistency(*views, sure, args.k, args.mask)  # Eq. 4
-        loss = l_s + l_c  # Eq. 5
+        loss = l_s + args.negative_weight * l_c  # Eq. 5
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -254,6 +261,7 @@ def main(argv=None) -> int:
         for epoch in run.epochs(train, test, **parts):
             if averaged is not None and epoch > args.warm_up:
                 probs = predict(averaged.module, images, args)
+                probs = probs.clamp(*args.clamp) if args.clamp else probs
                 chosen = confident(probs, given, class_thresholds(probs, given, probs.shape[1]))
             balance = given if args.oversample else None
             batches = loader.epoch(epoch, balance, strong=args.negative and epoch > args.warm_up)

@@ -411,9 +411,11 @@ def main(argv=None) -> int:
             scheduler.step()
             run.end_epoch(epoch, scalars, predict(averaged.module, test_images, args))
         probs = predict(averaged.module, images, args)
-        last = divide(probs, given, args.epochs + 1 - args.warm_up, args)
-        picture = partial(figures.mixtures, last.losses, train, fit_mixture, args.mixture == "class")
-        run.finish(probs, [averaged.module], mixtures=picture)
+        pictures = {}
+        if args.detect_by != "confidence":
+            losses = detection_losses(probs, given, args.detect_by)
+            pictures["mixtures"] = partial(figures.mixtures, losses, train, fit_mixture, args.mixture == "class")
+        run.finish(probs, [averaged.module], **pictures)
     return 0
 
 

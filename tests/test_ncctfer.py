@@ -151,8 +151,10 @@ def plain_epoch(network, optimizer, batches, labels, clean, selecting, args, cho
         y, n, f = labels[index].tolist(), len(index), network.backbone(weak)
         z_p, z_n = network.positive(f), network.negative(f)
         own = [z_p[i].softmax(0)[y[i]].item() for i in range(n)]
+        if args.clamp:
+            own = [min(max(p, args.clamp[0]), args.clamp[1]) for p in own]
         t = {c: mean(own[i] for i in range(n) if y[i] == c) for c in set(y)}  # Eq. 1
-        assert all(abs(own[i] - t[y[i]]) > 1e-6 or y.count(y[i]) == 1 for i in range(n))  # rounding decides nothing
+        assert args.clamp or all(abs(own[i] - t[y[i]]) > 1e-6 or y.count(y[i]) == 1 for i in range(n))  # rounding decides nothing
         sure = [own[i] > t[y[i]] - 1e-7 for i in range(n)] if chosen is None else chosen[index].tolist()  # Eq. 2
         kept = [i for i in range(n) if sure[i] or not selecting]
         l_s = sum((-z_p[i].log_softmax(0)[y[i]] for i in kept), 0 * z_p.sum()) / max(len(kept), 1)  # Eq. 3
@@ -165,7 +167,7 @@ def plain_epoch(network, optimizer, batches, labels, clean, selecting, args, cho
                 m_k = sorted(range(CLASSES), key=lambda c: p_w[c], reverse=args.mask == "most")[: args.k]
                 l_c = l_c - sum(p_w[c] * log_p_s[c] for c in m_k) * (not sure[i]) / n  # Eq. 4
         optimizer.zero_grad()
-        (l_s + l_c).backward()  # Eq. 5
+        (l_s + args.negative_weight * l_c).backward()  # Eq. 5
         optimizer.step()
         after_step()
         p_n = z_n.detach().softmax(1)
@@ -177,7 +179,7 @@ def plain_epoch(network, optimizer, batches, labels, clean, selecting, args, cho
     l_s, l_c, top, p_n = zip(*steps)
     answer = sum(p_n) / len(p_n)
     return {
-        "loss/total": mean(l_s) + mean(l_c),
+        "loss/total": mean(l_s) + args.negative_weight * mean(l_c),
         "loss/supervised": mean(l_s),
         "loss/negative": mean(l_c),
         "accuracy/train": mean(right for right, _, _ in samples),
@@ -236,6 +238,8 @@ def fixed(monkeypatch):
         [],
         ["--k", "2"],
         ["--k", "3", "--mask", "least"],
+        ["--clamp", "0.15", "0.3"],
+        ["--negative-weight", "0.3"],
         ["--single-head"],
         ["--single-head", "--mask", "most"],
         ["--no-negative"],
