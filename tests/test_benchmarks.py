@@ -60,9 +60,53 @@ def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
     capsys.readouterr()
     assert compare.main(suite) == 0
     assert "=== 2 of 2" in capsys.readouterr().out and record.read_bytes() == before  # seed 1 alone was left to do
-    page = (tmp_path / "docs" / "results.md").read_text()
-    assert "## Small" in page and "| SCN | 2 |" in page and "weight/auroc_clean" in page
+    page, record_page = ((tmp_path / "docs" / name).read_text() for name in ("results.md", "records.md"))
+    assert "## Small" in page and "| SCN | 2 |" in page and "mean class accuracy" in page
+    assert "| SCN | 2 |" in record_page and "weight/auroc_clean" in record_page
+    assert f"`{first['command'].replace('--seed 2', '--seed 1')}`" in record_page
     assert (tmp_path / "docs" / "figures" / "small.png").exists()
+
+
+def test_suites_of_one_data_set_share_a_table(monkeypatch, tmp_path):
+    def row(name):
+        return compare.Row(name, "scn", "", 1)
+
+    suites = {
+        key: {"title": key, "flags": "", "seeds": (1,), "rows": [row("both"), row(key)]}
+        for key in ("low", "high", "rest")
+    }
+    monkeypatch.setattr(compare, "SUITES", suites)
+    monkeypatch.setattr(compare, "PAGES", [("Data", {"low": "10 %:", "high": "20 %:"}, "What it says.")])
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "DOCS", tmp_path)
+    for number, (suite, what) in enumerate(suites.items()):
+        for one in what["rows"]:
+            path = compare.record_path(suite, one, 1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            numbers = {
+                "best": 0.9,
+                "last5": 0.1 * number,
+                "final": 0.5,
+                "accuracy/test_mean_class": 0.25,
+                "seconds": 120,
+            }
+            path.write_text(json.dumps(numbers))
+    compare.write_results()
+    page = (tmp_path / "results.md").read_text()
+    assert "| both | 0.0 | 25.0 | 10.0 | 25.0 |" in page  # the columns of both suites
+    assert "| high |  |  | 10.0 | 25.0 |" in page and "What it says." in page
+    assert "| rest | 1 | 90.0 | 20.0 | 50.0 | 25.0 | 2 |" in page  # a suite that no page names has its own table
+    assert page.count("\n## ") == 2
+
+
+def test_the_tables_of_the_pages_are_narrow_and_up_to_date(monkeypatch, tmp_path):
+    pages = {path.name: path.read_text() for path in compare.DOCS.glob("re*s.md")}
+    heads = [line for line in pages["results.md"].splitlines() if line.startswith("|  |")]
+    assert heads and all(head.count("|") <= 9 for head in heads)
+    monkeypatch.setattr(compare, "DOCS", tmp_path)
+    compare.write_results()
+    compare.write_records()
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.md")} == pages
 
 
 def test_compare_goes_on_with_an_interrupted_run(suite, tmp_path, monkeypatch):

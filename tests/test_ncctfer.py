@@ -154,7 +154,8 @@ def plain_epoch(network, optimizer, batches, labels, clean, selecting, args, cho
         if args.clamp:
             own = [min(max(p, args.clamp[0]), args.clamp[1]) for p in own]
         t = {c: mean(own[i] for i in range(n) if y[i] == c) for c in set(y)}  # Eq. 1
-        assert args.clamp or all(abs(own[i] - t[y[i]]) > 1e-6 or y.count(y[i]) == 1 for i in range(n))  # rounding decides nothing
+        # rounding decides nothing
+        assert args.clamp or all(abs(own[i] - t[y[i]]) > 1e-6 or y.count(y[i]) == 1 for i in range(n))
         sure = [own[i] > t[y[i]] - 1e-7 for i in range(n)] if chosen is None else chosen[index].tolist()  # Eq. 2
         kept = [i for i in range(n) if sure[i] or not selecting]
         l_s = sum((-z_p[i].log_softmax(0)[y[i]] for i in kept), 0 * z_p.sum()) / max(len(kept), 1)  # Eq. 3
