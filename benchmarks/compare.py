@@ -189,6 +189,17 @@ NAMES = {MEAN_CLASS: "mean class accuracy", "ccc/last5": "CCC, last5"}
 UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in per cent
 
 
+RESULTS_HEAD = """# Results
+
+Test accuracy in per cent: mean ± standard deviation over three seeds; without ± one seed. `best` is the highest of any
+epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs. Mean class accuracy is
+that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. Commands, seeds and
+machines: [records.md](records.md). `python benchmarks/compare.py` writes this page."""
+RECORDS_HEAD = """# Records
+
+The numbers behind [results.md](results.md). `python benchmarks/compare.py` writes this page from `benchmarks/results/`.
+Per cent; mean ± standard deviation over the seeds. `final` is the last epoch, `passes` the forward-backward passes that
+an image makes in an epoch."""
 # Tables of docs/results.md: title, {suite: how its columns begin}, what the table says. Other suites get their own.
 PAGES = [
     (
@@ -402,15 +413,7 @@ def page_table(suites: dict[str, str]) -> list[str]:
 
 def write_results() -> None:
     """docs/results.md, the page that a person reads."""
-    text = [
-        "# Results",
-        "",
-        "Test accuracy in per cent: mean ± standard deviation over three seeds; without ± one seed. `best` is the",
-        "highest of any epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs.",
-        "Mean class accuracy is that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence",
-        "and arousal. Commands, seeds and machines: [records.md](records.md). `python benchmarks/compare.py` writes this",
-        "page.",
-    ]
+    text = [RESULTS_HEAD]
     own = [(SUITES[suite]["title"], {suite: ""}, "") for suite in SUITES if not any(suite in of for _, of, _ in PAGES)]
     for title, suites, words in [*PAGES, *own]:
         suites = {suite: what for suite, what in suites.items() if suite in SUITES and records(suite)}
@@ -423,13 +426,7 @@ def write_results() -> None:
 
 def write_records() -> None:
     """docs/records.md: all that was recorded of each suite."""
-    text = [
-        "# Records",
-        "",
-        "The numbers behind [results.md](results.md). `python benchmarks/compare.py` writes this page from",
-        "`benchmarks/results/`. Per cent; mean ± standard deviation over the seeds. `final` is the last epoch, `passes`",
-        "the forward-backward passes that an image makes in an epoch.",
-    ]
+    text = [RECORDS_HEAD]
     for suite, what in SUITES.items():
         rows = records(suite)
         if not rows:
