@@ -4,6 +4,7 @@ The labels are those that `--noise RATE --noise-type TYPE --noise-seed SEED` giv
 for other people and other programs; the scripts read it with --labels.
 
     python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
+    python inject_noise.py --data raf --noise 0.1 0.2 0.3 --seed 1            # three files, one for each rate
     python cocuring.py --data toy --labels noise-toy-symmetric-0.2-s1.csv     # the labels of --noise 0.2 --noise-seed 1
 
 With --from-checkpoint the labels are the predictions of a trained model (machine labels, as in "Facial Emotion
@@ -17,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-from support.datasets import decode_all, load_train_index, write_labels, write_va
+from support.datasets import decode_all, inject, load_train_index, write_labels, write_va
 from support.distributed import reports_errors
 from support.inference import load_model
 from support.runs import Parser, add_index_args, check_data_args
@@ -29,14 +30,15 @@ from common import UserError, find_device, write_atomically
 
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
-    add_index_args(parser)
+    add_index_args(parser, several=True)
     add = parser.add_argument_group("what is written").add_argument
     add("--from-checkpoint", metavar="MODEL", help="machine labels: what a trained model.pt of any method predicts, "
         "classes matched by name; excludes --noise")
     add("--device", default="auto", help="for --from-checkpoint: cpu, cuda, ...; auto: cuda if there is one")
     add("--cache", default="cache", metavar="DIR", help="for --from-checkpoint: where decoded images are kept")
     add("--output", metavar="FILE", help="what to write, .csv or .txt (default: noise-<data>-<type>-<rate>-s<seed>, "
-        "or machine-<data>-<run>); a .json with what was done comes beside it")
+        "or machine-<data>-<run>); with several rates the rate is added before the suffix: x.csv becomes x-0.1.csv, "
+        "x-0.2.csv; a .json with what was done comes beside each file")
     add("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's "
         "own, labels counted from 1")
     add("--overwrite", action="store_true", help="replace files that are there")
@@ -44,14 +46,22 @@ def parse_args(argv=None):
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, labels=None, split="test")
     args = parser.parse_args(argv)
     check_data_args(args, parser)
-    if args.output is None:
-        suffix = ".csv" if args.format == "csv" else "-list.txt"
-        args.output = f"noise-{args.data}-{args.noise_type}-{args.noise:g}-s{args.noise_seed}{suffix}"
-        if args.from_checkpoint:
-            args.output = f"machine-{args.data}-{Path(args.from_checkpoint).resolve().parent.name}{suffix}"
-    if Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir():
+    if len(set(args.noise)) < len(args.noise):
+        parser.error("--noise: the same rate twice; each rate gives one file")
+    if args.output and (Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir()):
         parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
     return args
+
+
+def output_of(args, rate: float) -> Path:
+    """The label file of one rate; with --from-checkpoint the only one."""
+    if args.output:
+        path = Path(args.output)
+        return path.with_stem(f"{path.stem}-{rate:g}") if len(args.noise) > 1 else path
+    suffix = ".csv" if args.format == "csv" else "-list.txt"
+    if args.from_checkpoint:
+        return Path(f"machine-{args.data}-{Path(args.from_checkpoint).resolve().parent.name}{suffix}")
+    return Path(f"noise-{args.data}-{args.noise_type}-{rate:g}-s{args.noise_seed}{suffix}")
 
 
 def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -78,32 +88,21 @@ def machine_labels(index, args) -> tuple[torch.Tensor, torch.Tensor | None]:
     return to_data[probs[:, shared].argmax(1)], va
 
 
-@reports_errors
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    if bool(args.noise) == bool(args.from_checkpoint):
-        raise UserError("either --noise RATE is needed, in (0, 1), or --from-checkpoint MODEL")
-    output = Path(args.output)
-    note, va_output = output.with_suffix(".json"), output.with_name(f"{output.stem}-va.csv")
-    for file in (output, note, *([va_output] if args.from_checkpoint else [])):
-        if file.exists() and not args.overwrite:
-            raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
-    index, noisy, clean = load_train_index(args)
-    va = None
-    if args.from_checkpoint:
-        clean, (noisy, va) = noisy, machine_labels(index, args)
+def write_files(output: Path, index, noisy: torch.Tensor, clean: torch.Tensor, va, how: dict, args) -> None:
+    """The label file, its .json, the file of valence and arousal if there are any; the counts on the screen.
+
+    noisy, clean: int64 (N,). va: (N, 2) or None. how: what the .json says of where the labels come from.
+    """
     counts = transition_matrix(clean, noisy, len(index.classes))
     per_class = []
     for c, (name, row) in enumerate(zip(index.classes, counts)):
         shares = [round(share, 6) for share in (row / row.sum().clamp(min=1)).tolist()]
         images, kept = int(row.sum()), int(row[c])
         per_class.append({"class": name, "images": images, "changed": images - kept, "transition": shares})
-    how = {"rate": args.noise, "type": args.noise_type, "seed": args.noise_seed}
-    if args.from_checkpoint:
-        how = {"checkpoint": args.from_checkpoint}
     record = {"data": args.data, "images": len(noisy), **how, "limit": args.limit}
     record |= {"changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
     write_labels(output, index.names, noisy, index.classes, args.format)
+    note, va_output = files_beside(output)
     if va is not None:
         write_va(va_output, index.names, va)
     write_atomically(note, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
@@ -115,7 +114,36 @@ def main(argv=None) -> int:
         cells = "  ".join(f"{share:{n}.3f}" for share, n in zip(entry["transition"], columns))
         print(f"{entry['class']:{width}}  {cells}   {entry['changed']} of {entry['images']}")
     beside = note.name if va is None else f"{note.name} and {va_output.name}"
-    print(f"{output}: {record['changed']:,} of {record['images']:,} labels changed; {beside} beside it")
+    changed = f"{record['changed']:,} of {record['images']:,} labels changed"
+    print(f"{output}: {changed} ({record['changed'] / record['images']:.2%}); {beside} beside it")
+
+
+def files_beside(output: Path) -> tuple[Path, Path]:
+    """The .json of a label file, and the file of valence and arousal."""
+    return output.with_suffix(".json"), output.with_name(f"{output.stem}-va.csv")
+
+
+@reports_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if all(args.noise) == bool(args.from_checkpoint) or (args.from_checkpoint and any(args.noise)):
+        raise UserError("either --noise RATE is needed, in (0, 1), or --from-checkpoint MODEL")
+    outputs = [output_of(args, rate) for rate in args.noise]
+    for output in outputs:
+        note, va_output = files_beside(output)
+        for file in (output, note, *([va_output] if args.from_checkpoint else [])):
+            if file.exists() and not args.overwrite:
+                raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
+    rates, args.noise = args.noise, 0
+    index, own, _ = load_train_index(args)
+    if args.from_checkpoint:
+        labels, va = machine_labels(index, args)
+        write_files(outputs[0], index, labels, own, va, {"checkpoint": args.from_checkpoint}, args)
+        return 0
+    for rate, output in zip(rates, outputs):
+        noisy = inject(own, index.classes, rate, args.noise_type, args.noise_seed)
+        how = {"rate": rate, "type": args.noise_type, "seed": args.noise_seed}
+        write_files(output, index, noisy, own, None, how, args)
     return 0
 
 

@@ -193,8 +193,8 @@ RESULTS_HEAD = """# Results
 
 Test accuracy in per cent: mean ± standard deviation over three seeds; without ± one seed. `best` is the highest of any
 epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs. Mean class accuracy is
-that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. Commands, seeds and
-machines: [records.md](records.md). `python benchmarks/compare.py` writes this page."""
+that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. Commands, seeds
+and machines: [records.md](records.md). `python benchmarks/compare.py` writes this page."""
 RECORDS_HEAD = """# Records
 
 The numbers behind [results.md](results.md). `python benchmarks/compare.py` writes this page from `benchmarks/results/`.

@@ -110,14 +110,14 @@ seed_number = number(int, 0, 2**63 - 1)
 
 
 def add_index_args(parser, several: bool = False) -> None:
-    """Which training images with which labels: what inject_noise.py takes too. several: --noise takes several rates."""
+    """Which training images with which labels: what inject_noise.py takes too. several: --noise is a list of rates."""
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=DATA_SETS, default="toy", help="data set; toy is drawn and needs no files")
     add("--root", help="folder of the data set")
     rate = dict(type=number(float, 0, 1, open_high=True), metavar="RATE")
     if several:
-        add("--noise", nargs="+", default=[0.0], help="share of each class's training labels that is made wrong, one "
-            "for each label set", **rate)
+        add("--noise", nargs="+", default=[0.0], help="share of each class's training labels that is made wrong; "
+            "several rates: a label set for each", **rate)
     else:
         add("--noise", default=0.0, help="share of each class's training labels that is made wrong", **rate)
     add("--noise-type", choices=("symmetric", "asymmetric"), default="symmetric",

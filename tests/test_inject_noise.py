@@ -61,6 +61,46 @@ def test_a_script_given_the_file_trains_on_the_same_labels(flags, style, write, 
     assert given.names == injected.names and (given.labels != given.clean).any()
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_several_rates_write_a_file_each_with_the_labels_of_that_rate(kind, raf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rates, flags = ("0.25", "0.5", "0.75"), ["--data", "raf", "--root", str(raf), "--noise-type", kind, "--seed", "3"]
+    assert inject_noise.main([*flags, "--noise", *rates]) == 0
+    out = capsys.readouterr().out
+    for rate, changed in zip(rates, (7, 14, 21)):
+        together = Path(f"noise-raf-{kind}-{rate}-s3.csv")
+        assert inject_noise.main([*flags, "--noise", rate, "--output", "alone.csv", "--overwrite"]) == 0
+        assert together.read_text() == Path("alone.csv").read_text()
+        assert together.with_suffix(".json").read_text() == Path("alone.json").read_text()
+        assert f"{together}: {changed} of 28 labels changed ({float(rate):.2%})" in out
+
+
+def test_several_rates_add_the_rate_to_the_output(raf, tmp_path):
+    argv = ["--data", "raf", "--root", str(raf), "--noise", "0.25", "0.5", "--output", str(tmp_path / "x.y.csv")]
+    assert inject_noise.main(argv) == 0
+    assert json.loads((tmp_path / "x.y-0.5.json").read_text())["rate"] == 0.5
+    made = {f"x.y-{rate}{suffix}" for rate in ("0.25", "0.5") for suffix in (".csv", ".json")}
+    assert made == {path.name for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_nothing_is_written_where_one_of_several_files_is_there(raf, tmp_path, capsys):
+    argv = ["--data", "raf", "--root", str(raf), "--noise", "0.25", "0.5", "--output", str(tmp_path / "x.csv")]
+    (tmp_path / "x-0.5.json").write_text("precious")
+    assert inject_noise.main(argv) == 2
+    assert "x-0.5.json" in capsys.readouterr().err and not (tmp_path / "x-0.25.csv").exists()
+    assert (tmp_path / "x-0.5.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--noise", "0", "0.5"], ["--noise", "0.5", "0.5"], ["--noise", "0", "0.5", "--from-checkpoint", "x"]],
+)
+def test_a_rate_of_0_or_given_twice_is_refused(flags, raf, tmp_path, capsys):
+    output = tmp_path / "x.csv"
+    assert inject_noise.main(["--data", "raf", "--root", str(raf), *flags, "--output", str(output)]) == 2
+    assert "--noise" in capsys.readouterr().err and not list(tmp_path.glob("x*"))
+
+
 @pytest.mark.parametrize(
     "data, build, flags",
     [
