@@ -38,8 +38,8 @@ TRAINED_OR_NOT = ("--labels", "--va-labels", "--from-checkpoint", "--predict", "
 def commands_in(text: str) -> list[str]:
     """`python X.py ...` and `torchrun ... X.py ...`, of code blocks, of backticks and of indented lines."""
     text = text.replace("\\\n", " ")
-    blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if language in ("", "bash") for line in block.splitlines()]
     lines += [line for line in text.splitlines() if line.startswith("    ")]
     lines += re.findall(r"`(python [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     found = [line.strip() for line in lines if re.match(r"\s*(python|torchrun [^#]*?) ?[\w/]+\.py( |$)", line)]
