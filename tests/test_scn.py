@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import check_resume, lines
+from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -246,6 +247,36 @@ def test_alpha_lies_in_0_1_and_is_float32_under_bf16():
     assert (alpha > 0).all() and (alpha < 1).all() and alpha.unique().numel() == 3
 
 
+def test_predictions_are_the_softmax_of_unweighted_logits(tiny):
+    args = scn.parse_args(["--precision", "fp32"])
+    network, x = scn.make_network(args, 7), torch.randn(5, 3, 32, 32)
+    nn.init.normal_(network.attention.weight)
+    with torch.no_grad():
+        z, alpha = network.eval()(x)
+    probs, weights = scn.predict(network.train(), [x[:3], x[3:]], args)
+    torch.testing.assert_close(probs, z.softmax(1))
+    torch.testing.assert_close(weights, alpha)
+    assert not torch.allclose(probs, (alpha[:, None] * z).softmax(1), atol=1e-3)
+
+
+def test_the_auroc_of_weights_is_that_of_the_samples_drawn(tiny, tmp_path, monkeypatch):
+    """Oversampling leaves samples undrawn: they have no weight."""
+    returned, honest = [], scn.train_one_epoch
+
+    def train_one_epoch(*arguments):
+        returned.append(honest(*arguments))
+        return returned[-1]
+
+    monkeypatch.setattr(scn, "train_one_epoch", train_one_epoch)
+    assert scn.main([*tiny, "--oversample", "--out", str(tmp_path), "--name", "run"]) == 0
+    with open(tmp_path / "run" / "labels.csv") as file:
+        right = {row["name"]: row["given"] == row["clean"] for row in csv.DictReader(file)}
+    for (_, weights), line in zip(returned, lines(tmp_path / "run")):
+        drawn = [(w, right[f"train_{i:05d}.png"]) for i, w in enumerate(weights.tolist()) if w != -1]
+        assert len(drawn) < len(right)
+        assert line["weight/auroc_clean"] == pytest.approx(roc_auc_score(*reversed(list(zip(*drawn)))), abs=1e-6)
+
+
 def test_a_run_logs_weights_and_relabels(tiny, tmp_path):
     arguments = [*tiny, "--warm-up", "1", "--margin2", "0.01", "--out", str(tmp_path), "--name", "run"]
     assert scn.main(arguments) == 0
@@ -311,6 +342,8 @@ def test_both_optimisers_run_their_schedule(tiny, tmp_path):
     )
     rates = [line["lr"] for line in lines(tmp_path / "sgd")]
     assert rates == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 2)
+    one = ["--optimizer", "sgd", "--lr", "0.1", "--epochs", "1", "--out", str(tmp_path), "--name", "one"]
+    assert scn.main([*tiny, *one]) == 0 and lines(tmp_path / "one")[0]["lr"] == 0.1
     assert scn.main([*tiny, "--out", str(tmp_path), "--name", "adam"]) == 0
     assert [line["lr"] for line in lines(tmp_path / "adam")] == pytest.approx([1e-3, 0.95e-3, 0.95**2 * 1e-3])
 

@@ -1,6 +1,7 @@
 """What a user copies: training functions fed by any iterable, scripts under another name, steps without waiting."""
 
 import contextlib
+import csv
 import dataclasses
 import math
 import re
@@ -294,6 +295,25 @@ def test_main_trains_on_every_sample_in_a_view_as_asked(method, crop, jitter, ti
         else:
             assert apart.max() < 1e-4 and {place % 2 for place in view.tolist()} == {0, 1}
             assert len({place // 2 for place in view.tolist()}) > len(shifts) / 2
+
+
+@pytest.mark.parametrize("method", [cocuring, scn, ncctfer], ids=lambda method: method.__name__)
+def test_oversampling_draws_every_class_as_often(method, tiny, tmp_path, monkeypatch):
+    epochs, honest = [], common.Loader.epoch
+
+    def epoch(self, *arguments, **options):
+        epochs.append(list(honest(self, *arguments, **options)))
+        return iter(epochs[-1])
+
+    monkeypatch.setattr(common.Loader, "epoch", epoch)
+    assert method.main([*tiny, "--oversample", "--out", str(tmp_path), "--name", "run"]) == 0
+    with open(tmp_path / "run" / "labels.csv") as file:
+        given = {row["name"]: toyfaces.CLASSES.index(row["given"]) for row in csv.DictReader(file)}
+    given = torch.tensor([given[f"train_{i:05d}.png"] for i in range(48)])
+    assert len(epochs) == 3
+    for batches in epochs:
+        counts = torch.bincount(given[torch.cat([index for _, index in batches])], minlength=CLASSES)
+        assert counts.sum() == 48 and counts.max() - counts.min() <= 1
 
 
 def run(folder, *arguments):
