@@ -6,6 +6,7 @@
     python benchmarks/figures.py votes RUN                     # FERPlus: suspicious labels beside the votes
     python benchmarks/figures.py scalar TAG RUN [RUN ...]      # a scalar of metrics.jsonl against the epoch
     python benchmarks/figures.py tensorboard RUN [RUN ...]     # scalars of event files, arranged as by TensorBoard
+    python benchmarks/figures.py overview RUN BASELINE         # README: suspicious labels, and test accuracy of both
     python benchmarks/figures.py plane RUN --label neutral     # jointgan.py: faces over valence and arousal
     python benchmarks/figures.py between RUN happiness anger   # jointgan.py: faces from one class to another
 
@@ -229,24 +230,54 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     return faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
 
 
+def points_of(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(epoch, value) of a scalar of a run."""
+    try:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: no metrics.jsonl of a run") from None
+    points = [(line["epoch"], line[tag]) for line in lines if tag in line]
+    if not points:
+        there = ", ".join(sorted(lines[-1]) if lines else ["no lines"])
+        raise UserError(f"{folder}: no {tag} in metrics.jsonl; there are {there}")
+    return points
+
+
 def scalar_figure(tag: str, folders: list[Path]):
     """A scalar of several runs against the epoch."""
     figure = new_figure(7, 4.5, layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=tag)
     axes.xaxis.get_major_locator().set_params(integer=True)
     for folder in folders:
-        try:
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError):
-            raise UserError(f"{folder}: no metrics.jsonl of a run") from None
-        points = [(line["epoch"], line[tag]) for line in lines if tag in line]
-        if not points:
-            raise UserError(
-                f"{folder}: no {tag} in metrics.jsonl; there are "
-                f"{', '.join(sorted(lines[-1]) if lines else ['no lines'])}"
-            )
-        axes.plot(*zip(*points), label=folder.name)
+        axes.plot(*zip(*points_of(folder, tag)), label=folder.name)
     axes.legend(fontsize=8)
+    return figure
+
+
+def overview_figure(run: Path, baseline: Path, columns: int = 4, rows: int = 2):
+    """The faces of the most suspicious labels of a run, beside its test accuracy and that of its baseline."""
+    train = Trained(run).train
+    places = {name: i for i, name in enumerate(train.names)}
+    with open(run / "labels.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))[: columns * rows]
+    figure = new_figure(11, 3.6, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(5, 6))
+    left.suptitle("Most suspicious labels (green: wrong indeed)", fontsize=11)
+    for axes, line in zip(left.subplots(rows, columns).flat, lines):
+        axes.imshow(train.images[places[line["name"]]].expand(3, -1, -1).permute(1, 2, 0).numpy())
+        axes.axis("off")
+        wrong = line.get("clean", line["given"]) != line["given"]
+        caption = f"{line['given']}\n\N{RIGHTWARDS ARROW} {line['final']}"
+        axes.set_title(caption, fontsize=8, color="tab:green" if wrong else "black")
+    axes = right.add_subplot(xlabel="epoch", ylabel="test accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    for folder in (run, baseline):
+        axes.plot(*zip(*((epoch, 100 * value) for epoch, value in points_of(folder, "accuracy/test"))),
+                  marker=".", label=folder.name)
+    corrected = [(epoch, 100 * value) for epoch, value in points_of(run, "labels/accuracy")]
+    axes.plot(*zip(*corrected), "--", color="tab:green", label=f"{run.name}: labels that are correct")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
     return figure
 
 
@@ -360,6 +391,10 @@ def main(argv=None) -> int:
     cards.add_argument("runs", nargs="+", type=Path, help="run folders")
     cards.add_argument("--tags", nargs="+", default=CARDS, help="default: %(default)s")
     cards.add_argument("--out", type=Path, default=Path("tensorboard.png"), help="file to write")
+    overview = commands.add_parser("overview", help="suspicious labels beside test accuracies")
+    overview.add_argument("run", type=Path, help="a run folder with injected noise")
+    overview.add_argument("baseline", type=Path, help="the run folder of its baseline")
+    overview.add_argument("--out", type=Path, default=Path("overview.png"), help="file to write")
     plane = commands.add_parser("plane", help="generated faces over valence and arousal")
     between = commands.add_parser("between", help="generated faces from one class to another")
     for name, command in (("plane", plane), ("between", between)):
@@ -373,6 +408,8 @@ def main(argv=None) -> int:
         figure = plane_figure(args.run, args.label)
     elif args.command == "between":
         figure = between_figure(args.run, args.first, args.second)
+    elif args.command == "overview":
+        figure = overview_figure(args.run, args.baseline)
     elif args.command == "votes":
         figure = votes_figure(args.run)
     elif args.command == "scalar":

@@ -305,7 +305,8 @@ class Peak:
 
     def __exit__(self, *error):
         cuda = self.device.type == "cuda"
-        self.bytes = (torch.cuda.max_memory_allocated(self.device) if cuda else self.process("VmHWM")) - self.before
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else self.process("VmHWM")
+        self.bytes = max(peak - self.before, 0)
 
 
 def matrix_rate(device, size: int) -> float:

@@ -1,3 +1,4 @@
+import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -8,7 +9,7 @@ from support import runs
 import numpy as np
 import pytest
 import torch
-from conftest import build_ferplus, build_ferplus_csv
+from conftest import build_ferplus, build_ferplus_csv, lines
 from PIL import Image
 
 import cocuring
@@ -159,6 +160,7 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         ["gradcam", other, cured, peers, "--columns", "9"],
         ["tsne", other],
         ["tensorboard", noisy, cured],
+        ["overview", cured, noisy],
     ):
         if command[0] == "tsne":
             pytest.importorskip("sklearn")
@@ -166,12 +168,19 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         assert figures.main([*command, "--out", str(out)]) == 0
         pixels = np.asarray(Image.open(out).convert("RGB"))
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
+    shown = figures.overview_figure(Path(cured), Path(noisy)).axes
+    with open(Path(cured) / "labels.csv") as file:
+        first = next(csv.DictReader(file))
+    assert shown[0].get_title().startswith(first["given"]) and shown[0].get_title().endswith(first["final"])
+    accuracies = [[100 * line["accuracy/test"] for line in lines(Path(path))] for path in (cured, noisy)]
+    assert [line.get_ydata() for line in shown[8].lines[:2]] == [pytest.approx(values) for values in accuracies]
     for command, words in (
         (["weights", clean, noisy, other], "of ncctfer"),
         (["weights", cured, noisy, clean], "injected noise"),
         (["gradcam", str(tmp_path)], "model.pt"),
         (["tensorboard", cured, str(tmp_path)], "no event file"),
         (["tensorboard", cured, "--tags", "no/tag"], "no no/tag in its event file"),
+        (["overview", clean, noisy], "no labels/accuracy"),
     ):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
