@@ -61,13 +61,12 @@ def parse_args(argv=None):
         "mean absolute error 1 - p (ours: bounded, no outliers), or to the cross-entropy -log p (DivideMix)")
     add("--mixture", choices=("class", "global"), help="mixtures per class (ours, toy: a global one takes rare classes "
         "for noise), or one for all (DivideMix; FERPlus)")
-    add("--clean-above", type=number(float, 0, 1, open_high=True), default=0.5, help="a label is kept if its clean "
-        "probability exceeds this (DivideMix)")
+    add("--clean-above", type=number(float, 0, 1, open_high=True), default=0.5, help="clean probability above which a "
+        "label is kept (DivideMix)")
     add("--margin-scale", type=number(float, 0, 1), default=0.97, help="of the confidence margins, times "
         "1 / (1 + e^-cycle) (Ada-CM)")
     add("--rebalance", choices=("rates", "logits", "none"), default="rates", help="long tail: admission rates per "
-        "class (CReST), logits of the labelled loss moved by the log of their class's share (logit adjustment), or "
-        "nothing")
+        "class (CReST), or the log of each class's share added to the logits of the labelled loss, or nothing")
     add("--alpha", type=number(float, 0), default=1 / 3, help="exponent of the admission rates (CReST: 1/3)")
     add("--pseudo-weight", type=number(float, 0), default=1.0, help="weight of the cross-entropy on pseudo-labels "
         "(Ada-CM)")
@@ -224,8 +223,7 @@ def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: 
 
     logits: (N, C). labels: int64 (N,). labelled: bool (N,). log_shares: (C,), added to the logits (logit adjustment).
     """
-    if log_shares is not None:
-        logits = logits + log_shares
+    logits = logits if log_shares is None else logits + log_shares
     return (F.cross_entropy(logits, labels, reduction="none") * labelled).sum() / len(labels)
 
 
@@ -288,12 +286,13 @@ def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
     classes, cycling = probs.shape[1], cycle >= 1
     losses = detection_losses(probs, given, args.detect_by)
     clean = torch.ones_like(losses)
-    if args.detect and cycling and args.detect_by == "confidence":
+    if not (args.detect and cycling):
+        labelled = torch.ones_like(given, dtype=torch.bool)
+    elif args.detect_by == "confidence":
         kept, clean = confident_labels(probs, given)
         labelled = labelled_set(kept.float(), losses, given)
     else:
-        if args.detect and cycling:
-            clean = clean_probability(losses, given if args.mixture == "class" else None)
+        clean = clean_probability(losses, given if args.mixture == "class" else None)
         labelled = labelled_set(clean, losses, given, args.clean_above)
     scale = args.margin_scale / (1 + math.exp(-max(cycle, 0)))  # Ada-CM: grows with the cycles
     margins = class_margins(probs[labelled], given[labelled], classes, scale)
@@ -313,12 +312,9 @@ def division_scalars(division: Division, given: Tensor, clean: Tensor | None) ->
         correct = given == clean
         members = [correct & (given == c) for c in range(len(division.rates))]
         recalls = [division.labelled[rows].float().mean().item() if rows.any() else None for rows in members]
-        scalars |= {
-            "labelled/purity": correct[division.labelled].float().mean().item(),
-            "labelled/recall": division.labelled[correct].float().mean().item(),
-            "labelled/auroc": auroc(division.clean, correct),
-            "labelled/class_recall": recalls,
-        }
+        scalars["labelled/purity"] = correct[division.labelled].float().mean().item()
+        scalars["labelled/recall"] = division.labelled[correct].float().mean().item()
+        scalars |= {"labelled/auroc": auroc(division.clean, correct), "labelled/class_recall": recalls}
     return scalars
 
 
