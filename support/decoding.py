@@ -22,6 +22,7 @@ from pathlib import Path
 
 from support import toyfaces
 from support.distributed import first_goes_ahead
+from support.streams import UNPRINTABLE, one_line
 
 import numpy as np
 import torch
@@ -34,15 +35,6 @@ from common import UserError, write_atomically
 # ----------------------------------------------------------------------------------------------------------------------
 # Files of others: one place that turns what goes wrong into a line
 # ----------------------------------------------------------------------------------------------------------------------
-
-# Control characters, line ends, and what Python makes of bytes that are not UTF-8: no list of names can hold them.
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def one_line(text) -> str:
-    """`text` as it can be printed in one line: quoted and escaped where it holds a control character."""
-    return repr(str(text)) if UNPRINTABLE.search(str(text)) else str(text)
-
 
 def check_names(names, where) -> None:
     """Refuse file and class names that a list, a csv file or a terminal cannot hold."""

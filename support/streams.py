@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,10 +12,13 @@ import torch
 
 from common import UserError
 
+# Control characters, line ends, and what Python makes of bytes that are not UTF-8: no list of names can hold them.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 def one_line(text) -> str:
-    """`text` with its line ends escaped: a file name may hold some."""
-    return "\\n".join(str(text).splitlines())
+    """`text` with what is not printable escaped: a file name may hold line ends."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def reason_of(error: Exception) -> str:

@@ -75,7 +75,7 @@ def cache_of(raf, suffix, split="train"):
 def test_what_goes_wrong_in_a_reader_is_one_line(error, words):
     with pytest.raises(UserError) as caught, reading("a\nb.jpg", "an image"):
         raise error
-    assert str(caught.value).startswith(r"'a\nb.jpg': could not be read as an image (")
+    assert str(caught.value).startswith(r"a\nb.jpg: could not be read as an image (")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
