@@ -5,6 +5,7 @@ for other people and other programs; the scripts read it with --labels.
 
     python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
     python inject_noise.py --data raf --noise 0.1 0.2 0.3 --seed 1            # three files, one for each rate
+    python inject_noise.py --data toy --noise 0.2 0.3 0.4 --vote --seed 1     # one file: the majority of three sets
     python cocuring.py --data toy --labels noise-toy-symmetric-0.2-s1.csv     # the labels of --noise 0.2 --noise-seed 1
 
 With --from-checkpoint the labels are the predictions of a trained model (machine labels, as in "Facial Emotion
@@ -14,6 +15,7 @@ has them.
     python inject_noise.py --data raf --root data/raf --from-checkpoint runs/jointgan-affectnet-n0-s1/model.pt
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 from support.datasets import decode_all, inject, load_train_index, write_labels, write_va
 from support.distributed import reports_errors
 from support.inference import load_model
+from support.label_sets import majority_vote, noisy_sets
 from support.runs import Parser, add_index_args, check_data_args
 
 import torch
@@ -39,6 +42,8 @@ def parse_args(argv=None):
     add("--output", metavar="FILE", help="what to write, .csv or .txt (default: noise-<data>-<type>-<rate>-s<seed>, "
         "or machine-<data>-<run>); with several rates the rate is added before the suffix: x.csv becomes x-0.1.csv, "
         "x-0.2.csv; a .json with what was done comes beside each file")
+    add("--vote", action="store_true", help="one file: the most frequent label of the label sets that jointgan.py has "
+        "with the same --noise; of several the first set's")
     add("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's "
         "own, labels counted from 1")
     add("--overwrite", action="store_true", help="replace files that are there")
@@ -46,7 +51,9 @@ def parse_args(argv=None):
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, labels=None, split="test")
     args = parser.parse_args(argv)
     check_data_args(args, parser)
-    if len(set(args.noise)) < len(args.noise):
+    if args.vote and len(args.noise) < 2:
+        parser.error("--vote: the majority of several label sets, it needs several rates")
+    if not args.vote and len(set(args.noise)) < len(args.noise):
         parser.error("--noise: the same rate twice; each rate gives one file")
     if args.output and (Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir()):
         parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
@@ -54,14 +61,15 @@ def parse_args(argv=None):
 
 
 def output_of(args, rate: float) -> Path:
-    """The label file of one rate; with --from-checkpoint the only one."""
+    """The label file of one rate; with --from-checkpoint or --vote the only one."""
     if args.output:
         path = Path(args.output)
-        return path.with_stem(f"{path.stem}-{rate:g}") if len(args.noise) > 1 else path
+        return path.with_stem(f"{path.stem}-{rate:g}") if len(args.noise) > 1 and not args.vote else path
     suffix = ".csv" if args.format == "csv" else "-list.txt"
     if args.from_checkpoint:
         return Path(f"machine-{args.data}-{Path(args.from_checkpoint).resolve().parent.name}{suffix}")
-    return Path(f"noise-{args.data}-{args.noise_type}-{rate:g}-s{args.noise_seed}{suffix}")
+    rates = "-".join(f"{rate:g}" for rate in args.noise) if args.vote else f"{rate:g}"
+    return Path(f"{'vote' if args.vote else 'noise'}-{args.data}-{args.noise_type}-{rates}-s{args.noise_seed}{suffix}")
 
 
 def transition_matrix(clean: torch.Tensor, noisy: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -128,17 +136,22 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     if all(args.noise) == bool(args.from_checkpoint) or (args.from_checkpoint and any(args.noise)):
         raise UserError("either --noise RATE is needed, in (0, 1), or --from-checkpoint MODEL")
-    outputs = [output_of(args, rate) for rate in args.noise]
+    outputs = [output_of(args, rate) for rate in (args.noise[:1] if args.vote else args.noise)]
     for output in outputs:
         note, va_output = files_beside(output)
         for file in (output, note, *([va_output] if args.from_checkpoint else [])):
             if file.exists() and not args.overwrite:
                 raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
-    rates, args.noise = args.noise, 0
-    index, own, _ = load_train_index(args)
+    rates = args.noise
+    index, own, _ = load_train_index(argparse.Namespace(**vars(args) | {"noise": 0}))
     if args.from_checkpoint:
         labels, va = machine_labels(index, args)
         write_files(outputs[0], index, labels, own, va, {"checkpoint": args.from_checkpoint}, args)
+        return 0
+    if args.vote:
+        voted = majority_vote(noisy_sets(own, index.classes, args), len(index.classes))
+        how = {"vote": rates, "type": args.noise_type, "seed": args.noise_seed}
+        write_files(outputs[0], index, voted, own, None, how, args)
         return 0
     for rate, output in zip(rates, outputs):
         noisy = inject(own, index.classes, rate, args.noise_type, args.noise_seed)

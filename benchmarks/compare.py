@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support.inference import load_model  # noqa: E402 - found through the line above
+from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.metrics import summary  # noqa: E402
 
 import common  # noqa: E402
@@ -300,9 +301,9 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
             ]
         ):
             sys.exit(2)
-    train, _, sets = jointgan.load_label_sets(run)
-    y0 = torch.randn(len(classes) * count, run.noise_dim, generator=common.generator_of("score", run.seed))
-    labels, va = torch.arange(len(classes)).repeat_interleave(count), jointgan.class_va(train)
+    train, _, sets = load_label_sets(run)
+    y0 = torch.randn(len(classes) * count, jointgan.LATENT, generator=common.generator_of("score", run.seed))
+    labels, va = torch.arange(len(classes)).repeat_interleave(count), class_va(train)
     made = jointgan.generate_faces(
         decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run
     )

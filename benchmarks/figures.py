@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from support import datasets  # noqa: E402 - found through the line above
 from support.distributed import reports_errors  # noqa: E402
 from support.figures import faces, new_figure  # noqa: E402
+from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.runs import Parser, positive_int  # noqa: E402
 
 import common  # noqa: E402
@@ -330,13 +331,16 @@ class Maker:
         )
         if self.decoder is None:
             raise UserError(f"{folder}: this run has no decoder")
-        self.train, _, sets = jointgan.load_label_sets(self.args)
-        self.sets, self.va = len(sets), jointgan.class_va(self.train)
+        self.train, _, sets = load_label_sets(self.args)
+        self.sets, self.va = len(sets), class_va(self.train)
 
     def vector(self, name: str) -> Tensor:
         if name not in self.classes:
             raise UserError(f"{name!r} is not among the classes {', '.join(self.classes)}")
         return torch.eye(len(self.classes))[self.classes.index(name)]
+
+    def latent(self, count: int) -> Tensor:
+        return torch.randn(count, jointgan.LATENT, generator=common.generator_of("faces", self.args.seed))
 
     def faces(self, y0: Tensor, labels: Tensor, va: Tensor | None) -> Tensor:
         return jointgan.generate_faces(self.decoder, y0, labels, va, self.sets, self.args)
@@ -349,7 +353,7 @@ def plane_figure(folder: Path, label: str, columns: int = 9):
         raise UserError(f"{folder}: this run knows no valence and arousal")
     steps = torch.linspace(-1, 1, columns)
     va = torch.stack([steps.repeat(columns), steps.flip(0).repeat_interleave(columns)], 1)
-    y0 = jointgan.latent_vectors(1, maker.args, torch.device("cpu")).expand(len(va), -1)
+    y0 = maker.latent(1).expand(len(va), -1)
     generated = maker.faces(y0, maker.vector(label).expand(len(va), -1), va)
     captions = [f"v {v:+.2f}, a {a:+.2f}" for v, a in va.tolist()]
     return faces(generated, captions, ["black"] * len(va), f"{folder.name}: {label}, over valence and arousal", columns)
@@ -360,7 +364,7 @@ def between_figure(folder: Path, first: str, second: str, columns: int = 9, rows
     maker = Maker(folder)
     share = torch.linspace(0, 1, columns).repeat(rows)[:, None]
     labels = (1 - share) * maker.vector(first) + share * maker.vector(second)
-    y0 = jointgan.latent_vectors(rows, maker.args, torch.device("cpu")).repeat_interleave(columns, 0)
+    y0 = maker.latent(rows).repeat_interleave(columns, 0)
     generated = maker.faces(y0, labels, None if maker.va is None else labels @ maker.va)
     captions = [f"{100 * s:.0f} %" for s in share[:, 0].tolist()]
     return faces(generated, captions, ["black"] * len(generated), f"{folder.name}: from {first} to {second}", columns)

@@ -151,6 +151,19 @@ def confidence(train, probs: Tensor, count: int = 32):
     return faces(train.images[rows], captions, ["tab:red" if w else "black" for w in wrong], title)
 
 
+def generated(make, y0: Tensor, train, va: Tensor | None):
+    """Joint-distribution GAN, Fig. 4: a column for each class, a row for each latent vector.
+
+    make(y0, one-hot labels, va) -> uint8 faces. y0: (R, length). va: (C, 2), the means of each class, or None.
+    """
+    count = len(train.classes)
+    labels = torch.eye(count, device=y0.device).repeat(len(y0), 1)
+    va = None if va is None else va.to(y0.device).repeat(len(y0), 1)
+    images = make(y0.repeat_interleave(count, 0), labels, va)
+    title = "Faces generated for each class (Fig. 4)"
+    return faces(images, list(train.classes) * len(y0), ["black"] * len(images), title, columns=count)
+
+
 def mixtures(losses: Tensor, train, fit, per_class: bool):
     """Two-stage cycle: the losses (N,) of each class, where known of correct and wrong labels apart, and their mixture.
 

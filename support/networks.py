@@ -1,9 +1,11 @@
-"""Heads on a backbone, a moving average, and how networks come to a device and an optimiser."""
+"""Heads on a backbone, a moving average, a discriminator's blocks; how networks come to a device and an optimiser."""
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 
 class Head(nn.Linear):
@@ -43,6 +45,68 @@ class Averaged(nn.Module):
 
     def set_extra_state(self, steps: int) -> None:
         self.steps = steps
+
+
+class SelfAttention(nn.Module):
+    """SAGAN's self-attention (H. Zhang et al., 2019; keys and values pooled as in its code), first the identity."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.query = spectral_norm(nn.Conv2d(c, max(1, c // 8), 1, bias=False))
+        self.key = spectral_norm(nn.Conv2d(c, max(1, c // 8), 1, bias=False))
+        self.value = spectral_norm(nn.Conv2d(c, max(1, c // 2), 1, bias=False))
+        self.out = spectral_norm(nn.Conv2d(max(1, c // 2), c, 1, bias=False))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x).flatten(2).transpose(1, 2)  # (N, H W, c / 8)
+        k, v = (F.max_pool2d(part(x), 2).flatten(2) for part in (self.key, self.value))  # (N, c', H W / 4)
+        attended = ((q @ k).softmax(2) @ v.transpose(1, 2)).transpose(1, 2)
+        return x + self.gain * self.out(attended.unflatten(2, x.shape[2:]))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut (SAGAN's discriminator); `halve`: the size.
+
+    first: on the image itself, where a ReLU would cut all that is darker than mid-grey.
+    """
+
+    def __init__(self, c_in: int, c: int, halve: bool = True, first: bool = False):
+        super().__init__()
+        self.halve, self.first = halve, first
+        self.one, self.two = (spectral_norm(nn.Conv2d(n, c, 3, padding=1)) for n in (c_in, c))
+        self.shortcut = spectral_norm(nn.Conv2d(c_in, c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(F.relu(self.one(x if self.first else F.relu(x))))
+        if self.halve:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        return y + self.shortcut(x)
+
+
+class ResidualMLP(nn.Module):
+    """A vector (N, inputs) -> features (N, width): a layer and four residual branches of two, spectrally normalised."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.inlet = spectral_norm(nn.Linear(inputs, width))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), spectral_norm(nn.Linear(width, width)), nn.ReLU(),
+                          spectral_norm(nn.Linear(width, width))) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inlet(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+class Zero(nn.Module):
+    """A score that is not used: 0, so that the mean over all scores gives the others the weight they always have."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.new_zeros(len(features), 1)
 
 
 def to_device(network: nn.Module, device: torch.device, args) -> nn.Module:

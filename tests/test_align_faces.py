@@ -327,7 +327,10 @@ def test_photographs_of_16_bits_keep_their_greys(fake, tmp_path):
     assert int(pixels(tmp_path / "out" / "deep.png")[100, 100]) == 200
 
 
-@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"BM" + b"\xff" * 60])
+EPS, PPM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 100 100 255\n" + bytes(30000)
+
+
+@pytest.mark.parametrize("content", [b"", EPS, PPM, b"BM" + b"\xff" * 60])
 def test_what_is_no_photograph_has_a_row_and_reaches_no_other_decoder(content, fake, tmp_path):
     photograph(tmp_path / "photos" / "good.png")
     (tmp_path / "photos" / "bad.jpg").write_bytes(content)

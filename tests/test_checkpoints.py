@@ -22,7 +22,7 @@ import scn
 CPU = torch.device("cpu")
 ROOT = Path(common.__file__).parent
 METHODS = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef restore(" in path.read_text())
-SMALL = {"jointgan": ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]}
+SMALL = {"jointgan": ["--width", "0.02"]}
 
 
 @pytest.fixture(scope="module")

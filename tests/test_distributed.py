@@ -26,7 +26,7 @@ from common import UserError
 ROOT = Path(common.__file__).parent
 COUNT = 45  # of two batches of 24 the second is uneven: 11 and 10 samples
 BASE = "--size 32 --epochs 3 --precision fp32 --device cpu --warm-up 1".split()
-SMALL = {"jointgan": "--width 0.02 --hidden 8 --noise-dim 4 --lr 1e-3"}
+SMALL = {"jointgan": "--width 0.02 --lr 1e-3"}
 # What computes nothing of a batch but means over its samples.
 EXACT = {
     "cocuring": "--noise 0.4 --delta 0.02",

@@ -191,7 +191,7 @@ def test_a_command_of_each_kind_runs(stand_ins, capsys):
                 "--overwrite",
             ]
             if script.stem == "jointgan":
-                arguments += ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"]
+                arguments += ["--width", "0.02"]
         status = main_of(script)(arguments)
         assert status == 0, (script.name, arguments, capsys.readouterr().err)
         ran |= {(script.stem, value(arguments, "--data", "toy")), *((script.stem, flag) for flag in files)}
@@ -279,7 +279,7 @@ def test_the_functions_and_tests_of_the_equations_exist(page):
 # ----------------------------------------------------------------------------------------------------------------------
 
 RUNS = {  # flags with which a script writes all its tags in two epochs
-    "jointgan": "--noise 0.3 0.4 --va-noise 0.3 --warm-up 0 --width 0.02 --hidden 8 --noise-dim 4",
+    "jointgan": "--noise 0.3 0.4 --va-noise 0.3 --warm-up 0 --width 0.02",
     "cocuring": "--warm-up 0 --delta 0",
     "scn": "--warm-up 0 --margin2 0 --relabel-batch",
 }

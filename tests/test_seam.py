@@ -69,7 +69,7 @@ class OnBothSides:
 def epoch_of(method, batches, epoch=2, device="cpu"):
     """One epoch of a method's training function on batches; returns its scalars and the networks before and after."""
     argv = ["--epochs", "4", "--warm-up", "1", "--precision", "fp32", "--size", "32"]
-    argv += ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"] if method is jointgan else []
+    argv += ["--width", "0.02"] if method is jointgan else []
     args = method.parse_args(argv)
 
     def optimizers_of(networks, own):
@@ -81,8 +81,8 @@ def epoch_of(method, batches, epoch=2, device="cpu"):
         networks = [network.to(device) for network in jointgan.make_networks(args, CLASSES, 2, True)]
         optimizers = optimizers_of([nn.ModuleList(networks[:2]), networks[2]], jointgan.make_optimizers(networks, args))
         before = [p.clone() for p in networks[0].parameters()]
-        sets, va = [given, given.roll(1)], (torch.rand(COUNT, 2) * 2 - 1).to(device)
-        return jointgan.train_one_epoch(networks, optimizers, batches, sets, va, epoch, args), before, networks[0]
+        labels = [given, given.roll(1), (torch.rand(COUNT, 2) * 2 - 1).to(device)]
+        return jointgan.train_one_epoch(networks, optimizers, batches, labels, epoch, args), before, networks[0]
     network = cocuring.make_networks(args, CLASSES) if method is cocuring else method.make_network(args, CLASSES)
     (optimizer,) = optimizers_of([network.to(device)], [method.make_optimizer(network, args)[0]])
     before = [p.clone() for p in network.parameters()]
@@ -371,7 +371,7 @@ def test_a_copy_under_another_name_does_everything(method, tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "support", tmp_path / "support", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / f"{method}.py", tmp_path / "my_method.py")
-    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"] if method == "jointgan" else []
+    small = ["--width", "0.02"] if method == "jointgan" else []
     train = ["--limit", "24", "--epochs", "2", "--batch-size", "12", "--size", "32", "--name", "mine", *small]
     (tmp_path / "driver.py").write_text(DRIVER)
     out = run(tmp_path, "driver.py", *train)
