@@ -52,7 +52,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_data_args(args, parser)
     if args.vote and len(args.noise) < 2:
-        parser.error("--vote: the majority of several label sets, it needs several rates")
+        parser.error("--vote: the majority of several label sets, it needs several rates of --noise")
     if not args.vote and len(set(args.noise)) < len(args.noise):
         parser.error("--noise: the same rate twice; each rate gives one file")
     if args.output and (Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir()):

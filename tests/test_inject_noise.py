@@ -6,8 +6,18 @@ import json
 from pathlib import Path
 
 from support import toyfaces
-from support.datasets import RAF_CLASSES, RAF_CONFUSIONS, decode_all, load_data, load_train_index, read_va
+from support.datasets import (
+    RAF_CLASSES,
+    RAF_CONFUSIONS,
+    Index,
+    decode_all,
+    load_data,
+    load_train_index,
+    read_labels,
+    read_va,
+)
 from support.inference import load_model
+from support.label_sets import load_label_sets
 
 import numpy as np
 import pytest
@@ -16,6 +26,7 @@ from conftest import RAF_TRAIN, build_ferplus, build_folder_splits, build_raf
 
 import cocuring
 import inject_noise
+import jointgan
 import scn
 
 ROOT = Path(inject_noise.__file__).parent
@@ -91,9 +102,31 @@ def test_nothing_is_written_where_one_of_several_files_is_there(raf, tmp_path, c
     assert (tmp_path / "x-0.5.json").read_text() == "precious"
 
 
+@pytest.mark.parametrize("rates", [("0.25", "0.5", "0.75"), ("0.5", "0.5")])
+def test_a_vote_is_the_majority_of_the_label_sets_that_jointgan_has(rates, raf, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "raf", "--root", str(raf), "--seed", "3", "--noise", *rates]
+    assert inject_noise.main([*flags, "--vote"]) == 0
+    own, _ = load_data(arguments("raf", raf))
+    _, _, sets = load_label_sets(jointgan.parse_args([*flags, "--cache", str(tmp_path / "cache")]))
+    expected = []
+    for labels in zip(*(labels.tolist() for labels in sets)):
+        most = max(labels.count(label) for label in labels)
+        expected.append(next(label for label in labels if labels.count(label) == most))
+    file = f"vote-raf-symmetric-{'-'.join(rates)}-s3.csv"
+    assert read_labels(file, Index(own.names, own.labels.tolist(), own.classes)).tolist() == expected
+    assert sorted(path.name for path in tmp_path.glob("vote*")) == [file, file.replace(".csv", ".json")]
+    assert any(label != first for label, first in zip(expected, sets[0].tolist())) == (len(rates) > 2)
+
+
 @pytest.mark.parametrize(
     "flags",
-    [["--noise", "0", "0.5"], ["--noise", "0.5", "0.5"], ["--noise", "0", "0.5", "--from-checkpoint", "x"]],
+    [
+        ["--noise", "0", "0.5"],
+        ["--noise", "0.5", "0.5"],
+        ["--noise", "0", "0.5", "--from-checkpoint", "x"],
+        ["--noise", "0.5", "--vote"],
+    ],
 )
 def test_a_rate_of_0_or_given_twice_is_refused(flags, raf, tmp_path, capsys):
     output = tmp_path / "x.csv"

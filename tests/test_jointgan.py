@@ -6,7 +6,7 @@ import json
 from support import toyfaces
 from support.datasets import write_labels
 from support.label_sets import load_label_sets
-from support.networks import Zero
+from support.networks import ResidualBlock, Zero
 from support.runs import Run
 
 import pytest
@@ -155,11 +155,16 @@ def test_a_score_changes_with_what_it_is_of_and_the_joint_score_with_all():
         (other,) = network([v.roll(1, 0) if i == k else v for i, v in enumerate(side)])
         moved = (other - scores).abs().amax(0) > 1e-6
         assert moved.tolist() == [True] + [i == k for i in range(len(side))]
-    dark = [-side[0].abs(), *side[1:]]  # nothing of an image is cut off, however dark
-    (scores,), (darker,) = network(dark), network([2 * dark[0], *dark[1:]])
-    inner = network.image[0]
-    assert (inner.one(dark[0]) - inner.one(torch.relu(dark[0]))).abs().max() > 0.01
-    assert (scores - darker)[:, :2].abs().min() > 1e-6
+
+
+def test_the_first_block_of_the_discriminator_sees_dark_pixels_and_the_last_keeps_the_size():
+    network, dark = Discriminator(64, 0.1, VECTORS).eval(), -torch.rand(2, 3, 64, 64)
+    first = network.image[0]
+    inner = first.two(first.one(dark).relu())
+    expected = nn.functional.avg_pool2d(inner, 2) + first.shortcut(nn.functional.avg_pool2d(dark, 2))
+    torch.testing.assert_close(first(dark), expected)
+    halving = [block.halve for block in network.image if isinstance(block, ResidualBlock)]
+    assert halving == [True] * 4 + [False] and network.image(dark).shape[2:] == (4, 4)
 
 
 def test_scores_that_are_not_used_are_zero_and_keep_their_columns():
