@@ -520,6 +520,7 @@ def test_bad_values_are_refused(arguments, words, monkeypatch, tmp_path, capsys)
 def test_the_pretrained_preset_is_the_papers_and_the_mask_follows_the_heads():
     args = ncctfer.parse_args(["--data", "raf", "--pretrained", "x.pth"])
     assert (args.size, args.epochs, args.batch_size, args.warm_up, args.k) == (224, 40, 128, 4, 4)
-    assert (args.lr, args.head_lr, args.decay) == (1e-4, 1e-3, 1.0)
+    assert (args.lr, args.head_lr, args.decay, args.select_by) == (1e-4, 1e-3, 1.0, "batch")
+    assert ncctfer.parse_args(["--data", "ferplus", "--pretrained", "dlib"]).select_by == "average"
     assert (args.crop, args.operations, args.magnitude, args.mask) == (4, 2, 10, "most")
     assert ncctfer.parse_args(["--single-head"]).mask == "least"
