@@ -303,7 +303,7 @@ def test_an_output_in_no_folder_is_refused(few_toys, tmp_path, capsys):
 @pytest.mark.parametrize("method", METHODS)
 def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
     script = importlib.import_module(method)
-    small = ["--width", "0.02", "--hidden", "8", "--noise-dim", "4"] if method == "jointgan" else []
+    small = ["--width", "0.02"] if method == "jointgan" else []
     assert script.main([*tiny, *small, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
     model, output = tmp_path / "run" / "model.pt", tmp_path / "machine.csv"
     flags = ["--data", "toy", "--from-checkpoint", str(model), "--device", "cpu"]
