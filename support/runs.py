@@ -623,14 +623,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the scripts' own checkout, with "+" if it was changed; None outside one."""
+    """The commit of the scripts' own checkout, with "+" if code was changed there; None outside one."""
     git = ["git", "-C", str(Path(__file__).parent)]
 
     def ask(*words) -> str:
         return subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        head, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+        head, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "-uno", "--", ":/*.py")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}+" if changes else head

@@ -883,6 +883,7 @@ def test_the_commit_is_that_of_the_scripts_with_a_mark_if_they_changed(tmp_path,
     file = tmp_path / "support" / "runs.py"
     file.parent.mkdir()
     file.write_text("first\n")
+    (tmp_path / "page.md").write_text("first\n")
     monkeypatch.setattr(runs, "__file__", str(file))
     assert runs.commit() is None
     who = ["-c", "user.name=x", "-c", "user.email=x@y"]
@@ -891,6 +892,7 @@ def test_the_commit_is_that_of_the_scripts_with_a_mark_if_they_changed(tmp_path,
     head = runs.commit()
     assert re.fullmatch("[0-9a-f]{40}", head)
     (tmp_path / "new.txt").write_text("no code")
+    (tmp_path / "page.md").write_text("no code either")
     assert runs.commit() == head
     file.write_text("second\n")
     assert runs.commit() == f"{head}+"
