@@ -204,11 +204,12 @@ def network_input(images: Tensor, size: int, mean=MEAN, std=STD) -> Tensor:
 
     mean, std: three numbers each, of values in [0, 1].
     """
-    images = images.float() / 255
-    if images.shape[-1] != size or images.shape[-2] != size:
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    images = (images - constant(mean, images.device)) / constant(std, images.device)  # (1 channel broadcasts to 3)
-    return images.contiguous(memory_format=torch.channels_last)
+    resize = functools.partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    large = size < max(images.shape[-2:])
+    images = resize(images.float()) if large else images.float()  # normalised where they are smaller: less to do
+    images = (images / 255 - constant(mean, images.device)) / constant(std, images.device)  # (1 channel becomes 3)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images if images.shape[-2:] == (size, size) else resize(images)
 
 
 def batch_slices(count: int, batch_size: int, world: int = 1) -> list[slice]:

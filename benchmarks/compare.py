@@ -119,7 +119,7 @@ SUITES["ferplus-dlib"] = {
 CONTROLS = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
     Row("VGG, label smoothing", "jointgan", "--lambda 0 --label-smoothing 0.1", 1),
-    Row("VGG, logit penalty", "jointgan", "--lambda 0 --logit-penalty 0.05", 1),
+    Row("VGG, logit penalty", "jointgan", "--lambda 0 --logit-penalty 0.5", 1),
     Row("joint-distribution GAN", "jointgan", "", 1),
 ]
 SUITES["toy-multitask"] = {
