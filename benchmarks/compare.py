@@ -221,7 +221,9 @@ PAGES = [
     (
         "FERPlus, dlib's face recognition network, 10,000 images, 40 % symmetric noise",
         {"ferplus-dlib": ""},
-        "",
+        """- One seed: a difference of one point may be chance.
+- One network turns down after epoch 10: it memorises. Co-curing goes on rising, and is 5.7 points ahead in last5.
+- Of 610 labels of disgust 28 are correct, of 604 of contempt 29. One network, SCN and Co-curing recognise neither.""",
     ),
     (
         "Several label sets, toy faces, 32 px",
