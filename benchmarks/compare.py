@@ -223,7 +223,8 @@ PAGES = [
         {"ferplus-dlib": ""},
         """- One seed: a difference of one point may be chance.
 - One network turns down after epoch 10: it memorises. Co-curing goes on rising, and is 5.7 points ahead in last5.
-- Of 610 labels of disgust 28 are correct, of 604 of contempt 29. One network, SCN and Co-curing recognise neither.""",
+- Of 610 labels of disgust 28 are correct, of 604 of contempt 29. One network, SCN and Co-curing recognise neither; the
+  two-stage cycle recognises 12 and 7 % of them. It is 7.4 points ahead of one network in mean class accuracy.""",
     ),
     (
         "Several label sets, toy faces, 32 px",

@@ -569,40 +569,56 @@ def page_of(record: dict) -> list[str]:
     return lines
 
 
-def picture_of(record: dict):
-    """Images a second of the methods, of the batch sizes, the switches, and the cost of growth."""
-    sections, about = record["sections"], record["machine"]
-    figure = new_figure(12, 8, layout="constrained")
-    figure.suptitle(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {about['torch']}")
-    first, second, third, fourth = figure.subplots(2, 2).flat
-    rows = sections.get("methods", [])
+def draw_methods(axes, rows: list[dict]) -> None:
     for k, (kind, colour) in enumerate((("reference", "grey"), ("loader", "C0"), ("synthetic", "C1"))):
         places = [i + (k - 1) * 0.27 for i in range(len(rows))]
-        first.barh(places, [r["kinds"][kind]["images/s"] for r in rows], 0.27, label=kind, color=colour)
-    first.set_yticks(range(len(rows)), [f"{r['method']}, {r['size']} px" for r in rows], fontsize=8)
-    first.set(xlabel="training images/s")
-    for size in dict.fromkeys(r["size"] for r in sections.get("batches", [])):
-        points = [(r["batch"], r["images/s"]) for r in sections["batches"] if r["size"] == size]
-        second.plot(*zip(*points), "o-", label=f"{size} px")
-    sizes = sorted({r["batch"] for r in sections.get("batches", [])})
-    second.set(xlabel="batch size", ylabel="training images/s, scn.py", xscale="log")
-    second.set_xticks(sizes, [str(size) for size in sizes])
-    second.set_xticks([], minor=True)
-    second.set_ylim(bottom=0)
-    for r in sections.get("switches", []):
+        axes.barh(places, [r["kinds"][kind]["images/s"] for r in rows], 0.27, label=kind, color=colour)
+    axes.set_yticks(range(len(rows)), [f"{r['method']}, {r['size']} px" for r in rows], fontsize=8)
+    axes.set(xlabel="training images/s")
+
+
+def draw_batches(axes, rows: list[dict]) -> None:
+    for size in dict.fromkeys(r["size"] for r in rows):
+        points = [(r["batch"], r["images/s"]) for r in rows if r["size"] == size]
+        axes.plot(*zip(*points), "o-", label=f"{size} px")
+    sizes = sorted({r["batch"] for r in rows})
+    axes.set(xlabel="batch size", ylabel="training images/s, scn.py", xscale="log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0)
+
+
+def draw_switches(axes, rows: list[dict]) -> None:
+    for r in rows:
         names = list(r["kinds"])
-        third.barh(names, [r["kinds"][name]["ratio"][0] for name in names], color="C0")
-        third.set(xlabel=f"time of a step, {r['method']}.py, {r['size']} px")
-        third.tick_params(axis="y", labelsize=8)
-        third.invert_yaxis()
-    if rows := sections.get("growth"):
-        counts = [r["images"] for r in rows]
-        fourth.plot(counts, [r["seconds"] for r in rows], "o-", label="seconds an epoch, without the network")
-        fourth.plot(counts, [r["peak"] / 2**30 for r in rows], "s--", label="memory, GiB")
-        fourth.set(xlabel="training images")
-        fourth.tick_params(axis="x", labelsize=8)
-        fourth.set_ylim(bottom=0)
-    for axes in (first, second, fourth):
+        axes.barh(names, [r["kinds"][name]["ratio"][0] for name in names], color="C0")
+        axes.set(xlabel=f"time of a step, {r['method']}.py, {r['size']} px")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+
+
+def draw_growth(axes, rows: list[dict]) -> None:
+    counts = [r["images"] for r in rows]
+    axes.plot(counts, [r["seconds"] for r in rows], "o-", label="seconds an epoch, without the network")
+    axes.plot(counts, [r["peak"] / 2**30 for r in rows], "s--", label="memory, GiB")
+    axes.set(xlabel="training images")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_ylim(bottom=0)
+
+
+PANELS = {"methods": draw_methods, "batches": draw_batches, "switches": draw_switches, "growth": draw_growth}
+
+
+def picture_of(record: dict):
+    """A panel for each section that has one and was measured, two in a row."""
+    sections, about = record["sections"], record["machine"]
+    drawn = [name for name in PANELS if sections.get(name)]
+    rows, columns = max(1, -(-len(drawn) // 2)), min(2, max(1, len(drawn)))
+    figure = new_figure(6 * columns, 4 * rows, layout="constrained")
+    figure.suptitle(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {about['torch']}")
+    for k, name in enumerate(drawn, 1):
+        axes = figure.add_subplot(rows, columns, k)
+        PANELS[name](axes, sections[name])
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return figure
@@ -619,8 +635,9 @@ def write_docs() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         lines += page_of(record)
-        picture_of(record).savefig(DOCS / "figures" / f"speed-{path.stem}.png", dpi=80)
-        lines += [f"![images a second, {path.stem}](figures/speed-{path.stem}.png)", ""]
+        if any(record["sections"].get(name) for name in PANELS):
+            picture_of(record).savefig(DOCS / "figures" / f"speed-{path.stem}.png", dpi=80)
+            lines += [f"![images a second, {path.stem}](figures/speed-{path.stem}.png)", ""]
     page.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
 
 

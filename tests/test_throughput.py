@@ -172,6 +172,11 @@ def test_a_run_writes_a_record_and_a_picture_and_the_page_shows_it(tmp_path, mon
     texts = throughput.picture_of(record).findobj(lambda artist: hasattr(artist, "get_text"))
     assert "4" in [text.get_text() for text in texts] and not any("$" in text.get_text() for text in texts)
 
+    assert [axes.get_xlabel() for axes in throughput.picture_of(record).axes] == [
+        "training images/s", "batch size", "time of a step, scn.py, 32 px", "training images"]
+    record["sections"] = {"loaders": record["sections"]["loaders"], "growth": record["sections"]["growth"]}
+    assert [axes.get_xlabel() for axes in throughput.picture_of(record).axes] == ["training images"]
+
     (tmp_path / "docs" / "figures").mkdir(parents=True)
     page = tmp_path / "docs" / "speed.md"
     page.write_text("above\n<!-- numbers -->\nold\n<!-- end of numbers -->\nbelow\n")
