@@ -689,7 +689,8 @@ def main(argv=None) -> int:
             began, rows = time.perf_counter(), record["sections"].setdefault(section, [])
             for row in getattr(bench, section)():
                 rows.append(row)
-            print(f"{section}: {time.perf_counter() - began:.0f} s", flush=True)
+                of = [str(row[key]) for key in ("method", "command", "size", "batch", "images") if key in row]
+                print(f"{section}, {' '.join(of)}: after {time.perf_counter() - began:.0f} s", flush=True)
     print("\n" + "\n".join(page_of(record)))
     out = Path(options.out)
     common.write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
