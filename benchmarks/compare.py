@@ -229,7 +229,7 @@ PAGES = [
     (
         "Several label sets, toy faces, 32 px",
         {"toy-multitask": "three sets:", "toy-multitask-single": "one set:", "toy-multitask-asymmetric": "asymmetric:"},
-        "Sets of 20, 30 and 40 % with valence and arousal, or one set of 20 %. [What the GAN gives](jointgan.md).",
+        "Two seeds, three sets (20, 30, 40 %) with valence and arousal. [What the GAN gives](jointgan.md#results).",
     ),
     (
         "Several label sets, FERPlus, 32 px, all images, flip alone",
