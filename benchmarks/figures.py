@@ -5,7 +5,6 @@
     python benchmarks/figures.py tsne RUN                      # features of the test faces (needs scikit-learn)
     python benchmarks/figures.py votes RUN                     # FERPlus: suspicious labels beside the votes
     python benchmarks/figures.py scalar TAG RUN [RUN ...]      # a scalar of metrics.jsonl against the epoch
-    python benchmarks/figures.py tensorboard RUN [RUN ...]     # scalars of event files, arranged as by TensorBoard
     python benchmarks/figures.py overview RUN BASELINE         # README: suspicious labels, and test accuracy of both
     python benchmarks/figures.py plane RUN --label neutral     # jointgan.py: faces over valence and arousal
     python benchmarks/figures.py between RUN happiness anger   # jointgan.py: faces from one class to another
@@ -282,42 +281,6 @@ def overview_figure(run: Path, baseline: Path, columns: int = 4, rows: int = 2):
     return figure
 
 
-CARDS = (
-    "accuracy/test",
-    "accuracy/test_mean_class",
-    "accuracy/train",
-    "labels/accuracy",
-    "loss/total",
-    "relabel/changed",
-)
-
-
-def tensorboard_figure(folders: list[Path], tags: list[str], columns: int = 3):
-    """A card for each tag with all runs in it, from the event files: as on TensorBoard's page of scalars."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    runs = {}
-    for folder in folders:
-        if not any(folder.glob("events.out.tfevents.*")):
-            raise UserError(f"{folder}: no event file of a run")
-        runs[folder.name] = EventAccumulator(str(folder)).Reload()
-    rows = -(-len(tags) // columns)
-    figure = new_figure(4.2 * columns, 2.9 * rows, layout="constrained", facecolor="#f5f5f5")
-    for place, tag in enumerate(tags, 1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.set_title(tag, loc="left", fontsize=10)
-        axes.grid(color="#dddddd")
-        axes.spines[:].set_visible(False)
-        axes.set_prop_cycle(color=["#ff7043", "#0077bb", "#33bbee", "#009988", "#cc3311"])
-        for name, events in runs.items():
-            if tag not in events.Tags()["scalars"]:
-                raise UserError(f"{name}: no {tag} in its event file; there are {', '.join(events.Tags()['scalars'])}")
-            points = [(event.step, event.value) for event in events.Scalars(tag)]
-            axes.plot(*zip(*points), linewidth=1.6, label=name)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(runs), frameon=False)
-    return figure
-
-
 class Maker:
     """The decoder of a run of jointgan.py, and what its faces are made of."""
 
@@ -391,10 +354,6 @@ def main(argv=None) -> int:
     scalar.add_argument("tag", help="as in metrics.jsonl")
     scalar.add_argument("runs", nargs="+", type=Path, help="run folders")
     scalar.add_argument("--out", type=Path, default=Path("scalar.png"), help="file to write")
-    cards = commands.add_parser("tensorboard", help="scalars of event files, as TensorBoard arranges them")
-    cards.add_argument("runs", nargs="+", type=Path, help="run folders")
-    cards.add_argument("--tags", nargs="+", default=CARDS, help="default: %(default)s")
-    cards.add_argument("--out", type=Path, default=Path("tensorboard.png"), help="file to write")
     overview = commands.add_parser("overview", help="suspicious labels beside test accuracies")
     overview.add_argument("run", type=Path, help="a run folder with injected noise")
     overview.add_argument("baseline", type=Path, help="the run folder of its baseline")
@@ -418,8 +377,6 @@ def main(argv=None) -> int:
         figure = votes_figure(args.run)
     elif args.command == "scalar":
         figure = scalar_figure(args.tag, args.runs)
-    elif args.command == "tensorboard":
-        figure = tensorboard_figure(args.runs, args.tags)
     elif args.command == "weights":
         figure = weights_figure(args.runs, args.columns)
     elif args.command == "gradcam":

@@ -159,7 +159,6 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         ["weights", clean, noisy, cured],
         ["gradcam", other, cured, peers, "--columns", "9"],
         ["tsne", other],
-        ["tensorboard", noisy, cured],
         ["overview", cured, noisy],
     ):
         if command[0] == "tsne":
@@ -178,28 +177,11 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         (["weights", clean, noisy, other], "of ncctfer"),
         (["weights", cured, noisy, clean], "injected noise"),
         (["gradcam", str(tmp_path)], "model.pt"),
-        (["tensorboard", cured, str(tmp_path)], "no event file"),
-        (["tensorboard", cured, "--tags", "no/tag"], "no no/tag in its event file"),
         (["overview", clean, noisy], "no labels/accuracy"),
     ):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
-
-
-def test_a_card_of_each_tag_has_the_curves_of_all_runs(tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    for name, height in (("one", 0.25), ("two", 0.5)):
-        with SummaryWriter(str(tmp_path / name)) as writer:
-            for tag in ("a", "b", "c"):
-                for epoch in (1, 2):
-                    writer.add_scalar(tag, height * epoch, epoch)
-    figure = figures.tensorboard_figure([tmp_path / "one", tmp_path / "two"], ["c", "a"])
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["c", "a"]
-    for axes in figure.axes:
-        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-        assert drawn == {"one": [[1, 0.25], [2, 0.5]], "two": [[1, 0.5], [2, 1]]}
 
 
 def test_rank_correlation_and_entropy_by_hand():
