@@ -194,22 +194,27 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all t
 
 
 @functools.lru_cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (C, 1, 1), copied to the device once: a copy in every step would wait for a GPU."""
-    return torch.tensor(values, device=device)[:, None, None]
+def constant(values: tuple[float, ...], device: torch.device, width: int = 1) -> Tensor:
+    """float32 (C, 1, width), channels last, copied to the device once: a copy in every step would wait for a GPU."""
+    row = torch.tensor(values, device=device)[None, :, None, None].expand(1, -1, 1, width)
+    return row.contiguous(memory_format=torch.channels_last)[0]
 
 
 def network_input(images: Tensor, size: int, mean=MEAN, std=STD) -> Tensor:
     """Images (B, 1 or 3, H, W), uint8 or float in [0, 255] -> normalised float32 (B, 3, size, size), channels last.
 
-    mean, std: three numbers each, of values in [0, 1].
+    mean, std: three numbers each, of values in [0, 1]. On a CPU resized images are rounded to 8 bits, as Pillow's are.
     """
-    resize = functools.partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
-    large = size < max(images.shape[-2:])
-    images = resize(images.float()) if large else images.float()  # normalised where they are smaller: less to do
-    images = (images / 255 - constant(mean, images.device)) / constant(std, images.device)  # (1 channel becomes 3)
-    images = images.contiguous(memory_format=torch.channels_last)
-    return images if images.shape[-2:] == (size, size) else resize(images)
+    if images.shape[-2:] != (size, size):
+        if images.device.type == "cpu":  # PyTorch resizes uint8, channels last, 13 times as fast as float32
+            images = images if images.dtype == torch.uint8 else images.round().to(torch.uint8)
+            images = images.contiguous(memory_format=torch.channels_last)
+        else:
+            images = images.float()
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    x = images.to(torch.float32, copy=True).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    # Constants as wide as a row: the loops over a row are then vectorised
+    return x.div_(255).sub_(constant(mean, x.device, size)).div_(constant(std, x.device, size))
 
 
 def batch_slices(count: int, batch_size: int, world: int = 1) -> list[slice]:
@@ -270,9 +275,9 @@ class Images:
         order = pin(order)
         if self.resident:
             here = order.to(self.images.device)
-            yield from ((part, order[part], self.images[here[part]]) for part in slices)
+            yield from ((part, order[part], self.images.index_select(0, here[part])) for part in slices)
             return
-        for part, images in zip(slices, read_ahead(lambda part: pin(self.images[order[part]]), slices)):
+        for part, images in zip(slices, read_ahead(lambda part: pin(self.images.index_select(0, order[part])), slices)):
             yield part, order[part], images.to(self.device, non_blocking=True)
 
 

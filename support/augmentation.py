@@ -20,14 +20,11 @@ def random_flip(images: Tensor, u: Tensor) -> Tensor:
 
 def random_crop(images: Tensor, u: Tensor, v: Tensor, pad: int) -> Tensor:
     """Pad (B, C, H, W) with `pad` black pixels on each side; cut the old size out, at an offset by u and v (B,)."""
-    n, c, h, w = images.shape
-    rows = (u * (2 * pad + 1)).long()[:, None] + torch.arange(h, device=images.device)  # (B, H)
-    columns = (v * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=images.device)  # (B, W)
-    padded = F.pad(images, (pad, pad, pad, pad))
-    sample, channel = torch.arange(n, device=images.device), torch.arange(c, device=images.device)
-    return padded[
-        sample[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
-    ]
+    h, w = images.shape[-2:]
+    sample = torch.arange(len(images), device=images.device)
+    y, x = ((place * (2 * pad + 1)).long() for place in (u, v))
+    crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)  # a view of all, (B, C, y, x, H, W)
+    return crops[sample, :, y, x]
 
 
 def grey_of(images: Tensor) -> Tensor:

@@ -117,15 +117,24 @@ def test_an_error_of_the_reading_thread_is_raised():
 
 
 @pytest.mark.parametrize("c", [1, 3])
-@pytest.mark.parametrize("size", [20, 32])
+@pytest.mark.parametrize("size", [20, 32, 12])
 def test_network_input_is_resized_and_normalised_as_torchvision_does(c, size):
     x = images(3, c, 20, 20)
     got = common.network_input(x, size)
-    rgb = x.expand(-1, 3, -1, -1).float() / 255
-    wanted = TF.normalize(TF.resize(rgb, [size, size], antialias=True), common.MEAN, common.STD)
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    rgb = TF.resize(x.expand(-1, 3, -1, -1), [size, size], antialias=True).float() / 255  # of uint8: rounded
+    torch.testing.assert_close(got, TF.normalize(rgb, common.MEAN, common.STD), atol=1e-5, rtol=1e-5)
     assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
     assert torch.equal(common.network_input(x.float(), size), got)
+    given = x.float()
+    assert common.network_input(given, size).shape[1] == 3 and torch.equal(given, x.float())  # its input is left alone
+
+
+def test_resized_images_have_rounded_values():
+    x = images(3, 3, 20, 20).clamp(max=250).float() + 0.6
+    got = common.network_input(x, 32, (0.0,) * 3, (1.0,) * 3) * 255
+    off = got - TF.resize(x, [32, 32], antialias=True)
+    assert (got - got.round()).abs().max() < 1e-4 and off.abs().max() < 1.45  # rounded up, then once for each axis
+    assert off.mean().item() == pytest.approx(0.4, abs=0.1)
 
 
 def test_an_image_that_is_not_square_becomes_so():
