@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -898,3 +899,25 @@ def test_the_commit_is_that_of_the_scripts_with_a_mark_if_they_changed(tmp_path,
     assert runs.commit() == f"{head}+"
     monkeypatch.setenv("PATH", "")  # no git
     assert runs.commit() is None
+
+
+MEMORY = """
+import resource, sys
+import torch
+from support import runs
+if sys.argv[1] == "keep":
+    runs.keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_is_used_again():
+    faults = {}
+    for what in ("keep", "leave"):
+        run = subprocess.run([sys.executable, "-c", MEMORY, what], cwd=ROOT, capture_output=True, text=True, check=True)
+        faults[what] = int(run.stdout)
+    assert faults["keep"] < 100 < faults["leave"]  # of 256 MiB, 65,536 pages
