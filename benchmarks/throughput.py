@@ -19,6 +19,7 @@ first step is not timed.
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import importlib
@@ -61,7 +62,7 @@ from common import UserError  # noqa: E402
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results" / "speed", ROOT / "docs"
 METHODS = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef train_one_epoch(" in path.read_text())
-SECTIONS = ("loaders", "methods", "switches", "batches", "growth", "command", "precision")
+SECTIONS = ("loaders", "methods", "switches", "batches", "growth", "command", "precision", "peers")
 FACES, PIXELS = 12271, 100  # as RAF-DB's training set
 
 
@@ -244,6 +245,30 @@ class Task:
         seconds = wait(self.device) - began
         batches.close()
         return seconds, images
+
+
+def stacked(networks):
+    """x -> logits of all networks (K, N, C), computed as one: torch.func's vmap over their stacked parameters."""
+    parameters, buffers = torch.func.stack_module_state(list(networks))
+    one = copy.deepcopy(networks[0])
+
+    def forward(parameters, buffers, x):
+        return torch.func.functional_call(one, (parameters, buffers), (x,))
+
+    return functools.partial(torch.vmap(forward, (0, 0, None)), parameters, buffers)
+
+
+def in_streams(networks, x: Tensor) -> list[Tensor]:
+    """The logits of each network, computed in CUDA streams of their own; backward runs in the same streams."""
+    current, logits = torch.cuda.current_stream(), []
+    streams = [torch.cuda.Stream() for _ in networks]
+    for network, stream in zip(networks, streams):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            logits.append(network(x))
+    for stream in streams:
+        current.wait_stream(stream)
+    return logits
 
 
 def wait(device) -> float:
@@ -455,6 +480,29 @@ class Bench:
             row = {"command": " ".join([f"{method}.py", *flags]), "size": tasks[0].flags.size, "batch": batch_size}
             yield row | {"kinds": compare(kinds, self.options.rounds)}
 
+    def peers(self):
+        """Forward and backward through the two networks of cocuring.py, as the script does it and as one network."""
+        for size in self.options.sizes:
+            task = self.task("cocuring", size, self.options.batch_sizes[0])
+            networks = next(part for part in task.args if isinstance(part, nn.ModuleList))
+            x, _ = next(task.synthetic_batches())
+            kinds = {"one after the other": lambda x: [network(x) for network in networks],
+                     "stacked, torch.func": stacked(networks)}
+            if self.device.type == "cuda":
+                kinds["in two streams"] = functools.partial(in_streams, networks)
+            kinds = {name: functools.partial(self.forward_backward, task, x, forward) for name, forward in kinds.items()}
+            yield {"size": size, "batch": task.batch_size, "kinds": compare(kinds, self.options.rounds)}
+
+    def forward_backward(self, task: Task, x: Tensor, forward) -> tuple[float, int]:
+        """Seconds and images of the timed steps; forward(x) -> the logits of each network."""
+        for step in range(self.options.steps + 1):
+            if step <= 1:  # the first step is not timed
+                began = wait(self.device)
+            with common.autocast(self.device, task.flags.precision):
+                logits = forward(x)
+            sum(z.square().mean() for z in logits).backward()
+        return wait(self.device) - began, self.options.steps * len(x)
+
     def growth(self):
         """An epoch of all but the network: order, batches, augmentation, relabelling, metrics, prediction."""
         size, device = 48, self.device
@@ -562,6 +610,10 @@ def page_of(record: dict) -> list[str]:
         lines += table("network | pixels | batch | float32, images/s | bf16, images/s | times as fast | again", [
             [f"`{r['command']}`", str(r["size"]), str(r["batch"]), speed(k["float32"]), speed(k["bf16"]),
              times(k["bf16"], True), times(k["float32, again"])] for r in rows for k in [r["kinds"]]])
+    if rows := sections.get("peers"):
+        lines += table("two networks, pixels | batch | kind | images/s | time of forward and backward, times", [
+            [str(r["size"]), str(r["batch"]), name, speed(kind), times(kind)]
+            for r in rows for name, kind in r["kinds"].items()])
     for r in sections.get("command", []):
         lines += [f"`{r['command']}`, {r['images']:,} images: {r['seconds']:.0f} s from start to end, "
                   f"of which the epochs "
@@ -645,7 +697,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, number(int, 1)
     add("--quick", action="store_true", help="small and few measurements: shows that it runs, and the orders of size")
-    add("--only", nargs="+", choices=SECTIONS, help="sections (default: all; quick: all but precision)")
+    add("--only", nargs="+", choices=SECTIONS, help="sections (default: all; quick: all but precision and peers)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="scripts (default: all)")
     add("--sizes", nargs="+", type=positive, help="pixels (default: 48 112 224; quick: 48)")
     add("--batch-sizes", nargs="+", type=number(int, 2), help="the first is that of all sections but `batches`, which "
@@ -664,7 +716,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     quick, gpu = args.quick, args.device != "cpu" and torch.cuda.is_available()
     for key, small, full in (
-        ("only", SECTIONS[:-1], SECTIONS), ("sizes", [48], [48, 112, 224]), ("steps", 2, 8), ("rounds", 2, 5),
+        ("only", SECTIONS[:-2], SECTIONS), ("sizes", [48], [48, 112, 224]), ("steps", 2, 8), ("rounds", 2, 5),
         ("images", 256, FACES),
         ("batch_sizes", [32, 16, 32, 64], [256 if gpu else 64, 32, 64, 128, 256, 512, 1024]),
         ("growth", [200, 400, 800], [1000, 3000, 10000, 30000, 100000]),

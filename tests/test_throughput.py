@@ -218,6 +218,21 @@ def test_precisions_are_compared_where_both_are_native(bench, monkeypatch):
     assert set(first["kinds"]) == {"float32", "bf16", "float32, again"}
 
 
+def test_stacked_networks_answer_and_learn_as_each_of_them_does(bench):
+    networks = torch.nn.ModuleList(torch.nn.Sequential(Tiny(), torch.nn.Flatten(), torch.nn.LazyLinear(3)) for _ in "ab")
+    x = torch.randn(6, 3, 32, 32)
+    expected = torch.stack([network(x) for network in networks])
+    forward = throughput.stacked(networks)
+    assert torch.allclose(forward(x), expected, atol=1e-5)
+    forward(x)[1].square().mean().backward()
+    expected[1].square().mean().backward()
+    parameters, _ = forward.args
+    for name, parameter in networks[1].named_parameters():
+        assert torch.allclose(parameters[name].grad[1], parameter.grad, atol=1e-5), name
+    (row,) = bench.peers()
+    assert set(row["kinds"]) == {"one after the other", "stacked, torch.func", "one after the other, again"}
+
+
 def test_a_batch_that_the_photographs_do_not_fill_is_refused(capsys):
     assert throughput.main(["--images", "64", "--batch-sizes", "32"]) == 2
     assert "--images 64" in capsys.readouterr().err
