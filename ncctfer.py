@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import common
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
-# "pretrained" is the paper's, Sec. 4.2; the others are ours: the learning rates of scn.py, the warm-up by the
+# "pretrained" is the paper's, Sec. 4.2, its warm-up the official code's; the others are ours: the learning rates of scn.py, the warm-up by the
 # validation splits of toy and FERPlus, where no value that we tried holds (docs/ncctfer.md).
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=19,
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--crop", type=number(int, 0), default=4, help="weak view: pad by so many pixels and crop (paper, Sec. 4.2)")
     add("--operations", type=number(int, 0), default=2, help="strong view: operations of RandAugment (paper, Sec. 4.2)")
     add("--magnitude", type=number(int, 0, 30), default=10, help="strong view: magnitude of RandAugment, of 30 "
-        "(official code)")
+        "(ours; official code: of 10, drawn from 1 to 9)")
     if parser.parse_early(argv).single_head:
         parser.set_defaults(mask="least")
     args = parse_with_presets(parser, PRESETS, argv)

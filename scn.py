@@ -70,7 +70,8 @@ def parse_args(argv=None):
         "only)")
     add("--optimizer", choices=("sgd", "adam"), help="sgd: momentum 0.9, learning rates / 10 after 3/8 and 6/8 of the "
         "epochs (paper: 15 and 30 of 40); adam: learning rates * 0.95 an epoch (ours)")
-    add("--weight-decay", type=number(float, 0), help="of either optimiser (official code, with sgd: 1e-4)")
+    add("--weight-decay", type=number(float, 0), help="of either optimiser (official code: 1e-4; ours with "
+        "adam: 0)")
     add("--jitter", type=number(float, 0, 1), default=0.2, help="colour jitter: brightness, contrast, saturation "
         "within 1 +- this (ours: as cocuring.py; paper: not named)")
     add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours from scratch "
