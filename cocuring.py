@@ -32,7 +32,8 @@ import common
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
 # "scratch" is ours: chosen on the validation splits of toy and FERPlus, carried over elsewhere (docs/cocuring.md).
-# "pretrained" is the paper's, Sec. 4.2; its epochs are the official code's, warm-up and delta toy's, not measured there.
+# "pretrained" is the paper's, Sec. 4.2, with the epochs of the official code; warm-up and delta are toy's, not measured
+# there.
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, beta=6.0, delta=0.5, warm_up=20, crop=8),
     "scratch ferplus": dict(size=48, crop=4),

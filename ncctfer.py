@@ -31,8 +31,8 @@ from torch import Tensor, nn
 import common
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
-# "pretrained" is the paper's, Sec. 4.2, its warm-up the official code's; the others are ours: the learning rates of scn.py, the warm-up by the
-# validation splits of toy and FERPlus, where no value that we tried holds (docs/ncctfer.md).
+# "pretrained" is the paper's, Sec. 4.2, with the warm-up of the official code; the others are ours: the learning rates
+# of scn.py, the warm-up by the validation splits of toy and FERPlus (docs/ncctfer.md).
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=19,
                     select_by="batch"),

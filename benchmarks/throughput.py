@@ -490,7 +490,7 @@ class Bench:
                      "stacked, torch.func": stacked(networks)}
             if self.device.type == "cuda":
                 kinds["in two streams"] = functools.partial(in_streams, networks)
-            kinds = {name: functools.partial(self.forward_backward, task, x, forward) for name, forward in kinds.items()}
+            kinds = {name: functools.partial(self.forward_backward, task, x, kind) for name, kind in kinds.items()}
             yield {"size": size, "batch": task.batch_size, "kinds": compare(kinds, self.options.rounds)}
 
     def forward_backward(self, task: Task, x: Tensor, forward) -> tuple[float, int]:

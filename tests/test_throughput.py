@@ -219,7 +219,8 @@ def test_precisions_are_compared_where_both_are_native(bench, monkeypatch):
 
 
 def test_stacked_networks_answer_and_learn_as_each_of_them_does(bench):
-    networks = torch.nn.ModuleList(torch.nn.Sequential(Tiny(), torch.nn.Flatten(), torch.nn.LazyLinear(3)) for _ in "ab")
+    one, two = (torch.nn.Sequential(Tiny(), torch.nn.Flatten(), torch.nn.LazyLinear(3)) for _ in range(2))
+    networks = torch.nn.ModuleList([one, two])
     x = torch.randn(6, 3, 32, 32)
     expected = torch.stack([network(x) for network in networks])
     forward = throughput.stacked(networks)
