@@ -73,8 +73,6 @@ def parse_args(argv=None):
     add("--no-marginal", dest="marginal", action="store_false", help="Table 3, w/o marginal: no marginal scores")
     add("--no-decoder", dest="decoder", action="store_false", help="Table 3, w/o G_X: (x, predictions) against (x, "
         "noise, noisy labels)")
-    add("--pairs", action="store_true", help="besides, a score for the image and each label: the covariance of their "
-        "features (ours)")
     add("--label-smoothing", type=number(float, 0, 1, open_high=True), default=0.0, help="control without a GAN: the "
         "share of a label that goes to all classes alike (ours)")
     add("--logit-penalty", type=number(float, 0), default=0.0, metavar="WEIGHT", help="control without a GAN: weight "
@@ -88,7 +86,7 @@ def parse_args(argv=None):
         "pixels)")
     add("--zoom", type=number(float, 0, 1, open_high=True), help="random zoom, 1 +- this (official code, faces: 0.1)")
     args = parse_with_presets(parser, PRESETS, argv)
-    if not (args.joint or args.marginal or args.pairs):
+    if not (args.joint or args.marginal):
         parser.error("--no-joint --no-marginal leaves no score: --lambda 0 is training without the GAN")
     if args.size & (args.size - 1) or args.size < 32:
         parser.error(f"--size {args.size}: the decoder doubles from 4 pixels, it needs a power of two from 32 on")
@@ -225,13 +223,12 @@ class Discriminator(nn.Module):
     """D (Fig. 2b): a stream and a marginal score for each variable, and a joint score of the streams' features.
 
     vectors: name -> length, of y0, the labels of each set and valence-arousal. joint, marginal, image: which scores are
-    used. pairs (ours): beside them a score for the image and each label, the inner product of their features, each
-    centred on the batch; its mean is a covariance, which neither the image alone nor the label alone can move.
+    used.
     """
 
-    def __init__(self, size: int, width: float, vectors: dict, joint=True, marginal=True, image=True, pairs=False):
+    def __init__(self, size: int, width: float, vectors: dict, joint=True, marginal=True, image=True):
         super().__init__()
-        self.pairs, features = pairs, channels(512, width)
+        features = channels(512, width)
         c, pixels = channels(64, width), size // 2
         blocks = [ResidualBlock(3, c, first=True)]
         while pixels > 4:
@@ -247,19 +244,14 @@ class Discriminator(nn.Module):
         self.joint = nn.Sequential(mixer, spectral_norm(nn.Linear(features, 1))) if joint else Zero()
         used = [marginal and (image or name != "x") for name in streams]
         self.marginals = nn.ModuleList(spectral_norm(nn.Linear(features, 1)) if use else Zero() for use in used)
-        self.scores = ["joint", *streams] + [f"x-{name}" for name in streams[2:] if pairs]  # columns of the scores
+        self.scores = ["joint", *streams]  # the columns of the scores
 
     def forward(self, *sides: list[Tensor]) -> tuple[Tensor, ...]:
         """Of each side: images (N, 3, H, W), y0 (N, LATENT), labels (N, C), va (N, 2) -> scores (N, S), float32."""
         x, *vectors = (torch.cat(values) for values in zip(*sides, strict=True))
         features = [self.image(x).sum((2, 3)), *(f(v) for f, v in zip(self.vectors, vectors, strict=True))]
-        columns = [self.joint(torch.cat(features, 1))]
-        columns += [score(f) for score, f in zip(self.marginals, features)]
-        if self.pairs:
-            parts = (f.float().unflatten(0, (len(sides), -1)) for f in features)
-            image, _, *labels = [(f - f.mean(1, keepdim=True)).flatten(0, 1) for f in parts]
-            columns += [(image * f).sum(1, keepdim=True) for f in labels]
-        return torch.cat(columns, 1).float().chunk(len(sides))
+        marginals = [score(f) for score, f in zip(self.marginals, features)]
+        return torch.cat([self.joint(torch.cat(features, 1)), *marginals], 1).float().chunk(len(sides))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,8 +267,7 @@ def make_networks(args, num_classes: int, sets: int, has_va: bool) -> tuple:
     vectors |= {"va": 2} if has_va else {}  # (the GAN matches the labels of the tasks that are learned)
     decoder = discriminator = None
     if args.lam:
-        scores = args.joint, args.marginal, args.decoder, args.pairs
-        discriminator = Discriminator(args.size, args.width, vectors, *scores)
+        discriminator = Discriminator(args.size, args.width, vectors, args.joint, args.marginal, args.decoder)
     if args.lam and args.decoder:
         decoder = Decoder(args.size, args.width, sum(vectors.values()))
     return encoder, decoder, discriminator
@@ -405,14 +396,6 @@ def evaluation_scalars(
 HALF = (0.5,) * 3  # mean and standard deviation of the network input: [-1, 1], the range of the decoder's faces
 
 
-def augment_faces(images: Tensor, draw, args) -> Tensor:
-    """Flip and crop; rotation, shift and zoom, where the preset has them."""
-    images = augment(images, draw, crop=args.crop)
-    if args.rotate or args.shift or args.zoom:
-        images = random_affine(images, draw, args.rotate, args.shift, args.zoom)
-    return images
-
-
 @torch.no_grad()
 def generate_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets: int, args) -> Tensor:
     """uint8 (N, 3, size, size), on the CPU: faces generated from y0 (N, LATENT), labels (N, C), va (N, 2) or None."""
@@ -443,7 +426,11 @@ def main(argv=None) -> int:
         device = common.find_device(args.device)
         train, test, sets = load_label_sets(args)
         images, test_images = (common.Images(split.images, args.size, device, HALF, HALF) for split in (train, test))
-        loader = common.Loader(images, args.batch_size, args.seed, partial(augment_faces, args=args))
+
+        def view(batch: Tensor, draw) -> Tensor:
+            return random_affine(augment(batch, draw, crop=args.crop), draw, args.rotate, args.shift, args.zoom)
+
+        loader = common.Loader(images, args.batch_size, args.seed, view)
         labels = [values.to(device) for values in (*sets, *([] if train.va is None else [train.va]))]
         networks = make_networks(args, len(train.classes), len(sets), train.va is not None)
         for network in filter(None, networks):

@@ -66,8 +66,10 @@ def augment(images: Tensor, draw, crop: int = 0, jitter: float = 0.0) -> Tensor:
 def random_affine(images: Tensor, draw, degrees: float, shift: float, zoom: float) -> Tensor:
     """Rotate, shift and zoom about the centre, drawn per sample: +- degrees, +- shift (share of the size), 1 +- zoom.
 
-    images: (B, C, H, W) with H = W, bilinear, black outside. Returns float32.
+    images: (B, C, H, W) with H = W, bilinear, black outside. Returns float32, or what it got if all three are 0.
     """
+    if not (degrees or shift or zoom):
+        return images
     angle, x, y, scale = (2 * draw(name) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
     angle, scale = torch.deg2rad(degrees * angle), 1 + zoom * scale
     cos, sin = angle.cos() / scale, angle.sin() / scale

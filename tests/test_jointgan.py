@@ -481,7 +481,6 @@ def test_inputs_are_augmented_as_asked_and_all_heads_predict(flags, moved, tiny,
     [
         ["--lambda", "0"],
         ["--no-joint"],
-        ["--pairs"],
         ["--authors-vgg"],
         ["--lambda", "0", "--label-smoothing", "0.1"],
         ["--no-marginal"],
