@@ -125,7 +125,7 @@ def test_network_input_is_resized_and_normalised_as_torchvision_does(c, size):
     torch.testing.assert_close(got, TF.normalize(rgb, common.MEAN, common.STD), atol=1e-5, rtol=1e-5)
     assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
     assert torch.equal(common.network_input(x.float(), size), got)
-    given = x.float()
+    given = x.float().contiguous(memory_format=torch.channels_last)
     assert common.network_input(given, size).shape[1] == 3 and torch.equal(given, x.float())  # its input is left alone
 
 
