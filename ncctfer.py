@@ -1,4 +1,4 @@
-"""NCCTFER: learn the class from confident samples, and from the others what they are not, in two views.
+"""NCCTFER: learn the class from confident samples; keep a second head consistent on the others, in two views.
 
 D. Gera, B. N. S. Kumar, B. V. R. Kumar, S. Balasubramanian: "Class Adaptive Threshold and Negative Class Guided Noisy
 Annotation Robust Facial Expression Recognition", 2023. In each batch a sample is confident if the probability of its

@@ -1,4 +1,4 @@
-"""Two-stage cycle: detect noisy labels by their loss, then train with the other labels, and without labels on the rest.
+"""Two-stage cycle: detect noisy labels, then train semi-supervised: with the kept labels, without labels on the rest.
 
 M. Zhu, H. Ding, L. Yi: "Modeling Noisy labels for Facial Expression Recognition" plan this cycle and leave its parts to
 the papers that they cite. Here: DivideMix's mixtures of two Gaussians over the losses divide the training set (stage
