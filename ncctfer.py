@@ -186,6 +186,7 @@ def train_one_epoch(
         y = given[index]
         with common.autocast(device, args.precision):
             positive, negative = network(weak)
+            positive_s, negative_s = network(strong.to(device)) if args.negative and selecting else (None, None)
         probs, p_n = positive.detach().softmax(1), negative.detach().softmax(1)
         clamped = probs.clamp(*args.clamp) if args.clamp else probs
         t_c = class_thresholds(clamped, y, probs.shape[1])  # Eq. 1
@@ -193,8 +194,6 @@ def train_one_epoch(
         l_s = supervised_loss(positive, y, sure if selecting else torch.ones_like(sure))  # Eq. 3
         l_c = torch.zeros_like(l_s)
         if args.negative and selecting:
-            with common.autocast(device, args.precision):
-                positive_s, negative_s = network(strong.to(device))
             views = (positive, positive_s) if args.single_head else (negative, negative_s)
             l_c = negative_consistency(*views, sure, args.k, args.mask)  # Eq. 4
         loss = l_s + args.negative_weight * l_c  # Eq. 5

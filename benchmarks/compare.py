@@ -204,10 +204,10 @@ UNSCALED = ("negative/classes", "loss/cross_entropy")  # no shares: not shown in
 
 RESULTS_HEAD = """# Results
 
-Test accuracy in per cent: mean ± sample standard deviation over the seeds; without ± one seed. `best` is the highest of
-any epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs. Mean class accuracy is
-that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. All runs were made on
-CPUs. RAF-DB, AffectNet and CIFAR-10 were not run: we have no copies. Commands, seeds and machines:
+Test accuracy in per cent: mean ± sample standard deviation over the seeds; without ± one seed. `best` is the highest
+of any epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs. Mean class
+accuracy is that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. All
+runs were made on CPUs. RAF-DB, AffectNet and CIFAR-10 were not run: we have no copies. Commands, seeds and machines:
 [records.md](records.md). `python benchmarks/compare.py` writes this page."""
 RECORDS_HEAD = """# Records
 
@@ -225,8 +225,8 @@ PAGES = [
 - SCN relabels too few wrong labels. Relabelling the whole batch, as the published code does, is 4 points better.
 - NCCTFER gains in last5 only under asymmetric noise (6 points). Its negative head
   collapses ([why](ncctfer.md#the-negative-head)).
-- The two-stage cycle is the best at 60 % and under asymmetric noise. At 40 % four rows are level. Most of its gain comes
-  from the averaged network and the crop: they reach 95.5 at 60 % without detection.""",
+- The two-stage cycle is the best at 60 % and under asymmetric noise. At 40 % four rows are level. Most of its gain
+  comes from the averaged network and the crop: they reach 95.5 at 60 % without detection.""",
     ),
     (
         "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise",

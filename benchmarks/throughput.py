@@ -187,7 +187,7 @@ class Task:
         self.optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
         for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
             group["lr"] = 1e-6  # random images would drive the weights to infinity
-            group["fused"] = fused and not reference
+            group["fused"] = True if fused and not reference else None  # None: as PyTorch chooses
         self.layout = torch.contiguous_format if reference else layout
         if self.layout:
             for network in (part for part in parts if isinstance(part, nn.Module)):
@@ -258,10 +258,9 @@ def stacked(networks):
     return functools.partial(torch.vmap(forward, (0, 0, None)), parameters, buffers)
 
 
-def in_streams(networks, x: Tensor) -> list[Tensor]:
+def in_streams(networks, streams: list, x: Tensor) -> list[Tensor]:
     """The logits of each network, computed in CUDA streams of their own; backward runs in the same streams."""
-    current, logits = torch.cuda.current_stream(), []
-    streams = [torch.cuda.Stream() for _ in networks]
+    current, logits = torch.cuda.current_stream(x.device), []
     for network, stream in zip(networks, streams):
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -393,7 +392,7 @@ class Bench:
 
     def methods(self):
         for size, method in itertools.product(self.options.sizes, self.options.methods):
-            batch_size = self.options.batch_sizes[0]
+            batch_size, task, reference = self.options.batch_sizes[0], None, None  # frees those of the row before
             with Peak(self.device) as peak:
                 task = self.task(method, size, batch_size)
                 seconds, _ = task.measure(task.own_batches(), 1)
@@ -458,6 +457,7 @@ class Bench:
         """Images a second and memory against the batch size; a size that the memory does not hold ends the row."""
         for size in self.options.sizes:
             for batch_size in self.options.batch_sizes[1:]:
+                task = kinds = None  # frees those of the row before
                 try:
                     with Peak(self.device) as peak:
                         task = self.task("scn", size, batch_size)
@@ -489,7 +489,8 @@ class Bench:
             kinds = {"one after the other": lambda x: [network(x) for network in networks],
                      "stacked, torch.func": stacked(networks)}
             if self.device.type == "cuda":
-                kinds["in two streams"] = functools.partial(in_streams, networks)
+                streams = [torch.cuda.Stream(self.device) for _ in networks]
+                kinds["in two streams"] = functools.partial(in_streams, networks, streams)
             kinds = {name: functools.partial(self.forward_backward, task, x, kind) for name, kind in kinds.items()}
             yield {"size": size, "batch": task.batch_size, "kinds": compare(kinds, self.options.rounds)}
 
