@@ -2,8 +2,8 @@
 
 Nothing of any method is here, and nothing of the project is imported: this file can be copied beside a script.
 All randomness is a function of (seed, epoch, what it is for), never of a state that is carried along: an epoch draws
-the same numbers after a resumption; order and augmentation also on another device and in another batch split. Letters in shapes: N samples, C
-classes or channels (said where), H and W pixels, B the batch.
+the same numbers after a resumption; order and augmentation also on another device and in another batch split. Letters
+in shapes: N samples, C classes or channels (said where), H and W pixels, B the batch.
 """
 
 import collections
