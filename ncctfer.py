@@ -32,10 +32,10 @@ import common
 
 # Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
 # "pretrained" is the paper's, Sec. 4.2, with the warm-up of the official code; the others are ours: the learning rates
-# of scn.py, the warm-up by the validation splits of toy and FERPlus (docs/ncctfer.md).
+# of scn.py, warm-up and selection by the validation splits of toy and FERPlus (docs/ncctfer.md).
 PRESETS = {
     "scratch": dict(size=100, epochs=30, batch_size=128, lr=1e-3, head_lr=1e-3, decay=0.95, warm_up=19,
-                    select_by="batch"),
+                    select_by="average"),
     "scratch ferplus": dict(size=48),
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3),
     "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4,
@@ -56,7 +56,8 @@ def parse_args(argv=None):
     add("--mask", choices=("most", "least"), default="most", help="which k classes of the negative head: the most "
         "probable (paper, Sec. 3.2) or the least (paper, Sec. 1, and official code)")
     add("--select-by", choices=("batch", "average"), help="whose probabilities Eqs. 1-2 take: those of the batch in "
-        "training (paper), or once an epoch those of an averaged network on all samples (ours: better with dlib's)")
+        "training (paper), or once an epoch those of an averaged network on all samples (ours: from scratch, and with "
+        "dlib's)")
     add("--ema", type=number(float, 0, 1, open_high=True), default=0.98, help="decay of that averaged network, a step")
     add("--clamp", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), help="Eqs. 1-2 take probabilities "
         "clamped to this range (official code: 0.35 0.65; paper: none)")
@@ -255,7 +256,7 @@ def main(argv=None) -> int:
         optimizer, scheduler = make_optimizer(network, args)
         parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
         averaged = chosen = None
-        if args.select_by == "average":
+        if args.select_by == "average" and args.threshold:
             averaged = Averaged(network, args.ema)
             parts["averaged"] = averaged
 

@@ -49,6 +49,7 @@ ONE, TWO = (
     Row("two networks (baseline)", "cocuring", PLAIN, 2),
 )
 COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
+NCCTFER_BATCH = Row("NCCTFER, selected by the batch", "ncctfer", "--select-by batch", 2, drawn=False)
 NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
 SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
@@ -84,8 +85,9 @@ SUITES = {
             Row("SCN, relabelling the whole batch", "scn", "--relabel-batch", 1, drawn=False),
             Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False),
             NCCTFER,
-            Row("NCCTFER, least probable classes", "ncctfer", "--mask least", 2, drawn=False),
-            Row("NCCTFER, no negative head", "ncctfer", "--no-negative", 1, drawn=False),
+            NCCTFER_BATCH,
+            Row("NCCTFER, by the batch, least probable classes", "ncctfer", "--select-by batch --mask least", 2, False),
+            Row("NCCTFER, by the batch, no negative head", "ncctfer", "--select-by batch --no-negative", 1, False),
             NCCTFER_BASELINE,
             TWOSTAGE,
         ],
@@ -94,19 +96,19 @@ SUITES = {
         "title": "Toy faces, 48 px, 60 % symmetric noise",
         "flags": "--data toy --noise 0.6",
         "seeds": (1, 2, 3),
-        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BASELINE, TWOSTAGE, *TWOSTAGE_PARTS],
+        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE, *TWOSTAGE_PARTS],
     },
     "toy-asymmetric": {
         "title": "Toy faces, 48 px, 40 % asymmetric noise",
         "flags": "--data toy --noise 0.4 --noise-type asymmetric",
         "seeds": (1, 2, 3),
-        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BASELINE, TWOSTAGE],
+        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE],
     },
     "ferplus": {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, *TWOSTAGE_FERPLUS],
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, NCCTFER_BATCH, *TWOSTAGE_FERPLUS],
     },
 }
 PRETRAINED = [ONE, TWO, COCURING, SCN, SCN_BASELINE, NCCTFER, NCCTFER_BASELINE, TWOSTAGE, TWOSTAGE_BASELINE]
