@@ -37,15 +37,12 @@ import common
 # plan has no setting; learning rates and augmentation are those of ncctfer.py (docs/twostage.md).
 ADAM = dict(lr=1e-3, head_lr=1e-3, decay=0.95)
 PRESETS = {
-    "scratch": ADAM | dict(size=100, epochs=30, batch_size=128, warm_up=15, ema=0.99, detect_by="mae",
-                           mixture="class"),
-    "scratch ferplus": dict(size=48, mixture="global"),
+    "scratch": ADAM | dict(size=100, epochs=30, batch_size=128, warm_up=15, ema=0.99),
+    "scratch ferplus": dict(size=48),
     "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
-    "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999,
-                       detect_by="mae", mixture="class"),
+    "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
-    "pretrained dlib": dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, decay=0.95, warm_up=3, ema=0.99,
-                            detect_by="confidence"),
+    "pretrained dlib": dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, decay=0.95, warm_up=3, ema=0.99),
 }
 
 
@@ -56,11 +53,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("two-stage cycle").add_argument
     add("--warm-up", type=number(int, 0), help="first epochs on all labels, before the first cycle (DivideMix: 10, 30 "
         "for 100 classes; ours)")
-    add("--detect-by", choices=("confidence", "mae", "ce"), help="confidence: keep a label that is the most probable "
-        "class relative to its class mean (ours, after confident learning); or mixtures of two Gaussians fitted to the "
-        "mean absolute error 1 - p (ours: bounded, no outliers), or to the cross-entropy -log p (DivideMix)")
-    add("--mixture", choices=("class", "global"), help="mixtures per class (ours, toy: a global one takes rare classes "
-        "for noise), or one for all (DivideMix; FERPlus)")
+    add("--detect-by", choices=("mae", "ce"), default="mae", help="loss that the mixture of two Gaussians is fitted "
+        "to: 1 - p (ours: bounded, no outliers), or the cross-entropy -log p (DivideMix)")
+    add("--mixture", choices=("global", "class"), default="global", help="one mixture for all classes (DivideMix), or "
+        "one for each (ours; fails on FERPlus)")
+    add("--floor", choices=("mean", "one"), default="mean", help="of each class are kept at least the labels whose "
+        "loss is at most the class mean (ours: else rare classes are dropped before they are learned), or one label")
     add("--clean-above", type=number(float, 0, 1, open_high=True), default=0.5, help="clean probability above which a "
         "label is kept (DivideMix)")
     add("--margin-scale", type=number(float, 0, 1), default=0.97, help="of the confidence margins, times "
@@ -146,32 +144,20 @@ def detection_losses(probs: Tensor, labels: Tensor, kind: str = "mae") -> Tensor
     return -p.clamp(min=1e-8).log() if kind == "ce" else 1 - p
 
 
-def confident_labels(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Confident learning (C. Northcutt et al., 2021), with its thresholds as a scale for each class (ours).
+def labelled_set(
+    probability: Tensor, losses: Tensor, labels: Tensor, above: float = 0.5, floor: str = "mean"
+) -> Tensor:
+    """bool (N,): the samples that keep their label: a clean probability above `above`; and what the floor adds.
 
-    The threshold t_k is the mean of p_k over the samples that are labelled k. A label y is kept if y = argmax p_k /
-    t_k: a class that the network does not know well yet keeps its labels. (With argmax over the classes whose p_k >=
-    t_k, as in the paper, such a class loses them all: docs/twostage.md.) probs: (N, C), softmax outputs. labels: int64
-    (N,). Returns bool (N,), and a score (N,) that is high for clean labels: log p_y / t_y minus the largest other log
-    p_k / t_k.
-    """
-    members = F.one_hot(labels, probs.shape[1]).to(probs.dtype)  # (N, C)
-    thresholds = (members * probs).sum(0) / members.sum(0).clamp(min=1)  # (C,)
-    thresholds = torch.where(members.sum(0) > 0, thresholds, torch.inf)  # a class without labels gets none
-    ratios = (probs / thresholds).clamp(min=1e-12).log()
-    own = ratios.gather(1, labels[:, None])[:, 0]
-    others = ratios.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return own >= others, own - others
-
-
-def labelled_set(probability: Tensor, losses: Tensor, labels: Tensor, above: float = 0.5) -> Tensor:
-    """bool (N,): samples whose clean probability exceeds `above`; of a class without one its sample of least loss.
-
-    probability, losses: (N,). labels: int64 (N,).
+    floor: "mean", of each class also the samples whose loss is at most the mean of the class (ours: one mixture for all
+    classes drops a class that the network has not learned yet, and it is then never learned); "one", of a class
+    without any the sample of least loss. probability, losses: (N,). labels: int64 (N,).
     """
     kept = probability > above
     for c in labels.unique():
         of_class = labels == c
+        if floor == "mean":
+            kept |= of_class & (losses <= losses[of_class].mean())
         if not (kept & of_class).any():
             kept[torch.where(of_class, losses, torch.inf).argmin()] = True
     return kept
@@ -288,12 +274,9 @@ def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
     clean = torch.ones_like(losses)
     if not (args.detect and cycling):
         labelled = torch.ones_like(given, dtype=torch.bool)
-    elif args.detect_by == "confidence":
-        kept, clean = confident_labels(probs, given)
-        labelled = labelled_set(kept.float(), losses, given)
     else:
         clean = clean_probability(losses, given if args.mixture == "class" else None)
-        labelled = labelled_set(clean, losses, given, args.clean_above)
+        labelled = labelled_set(clean, losses, given, args.clean_above, args.floor)
     scale = args.margin_scale / (1 + math.exp(-max(cycle, 0)))  # Ada-CM: grows with the cycles
     margins = class_margins(probs[labelled], given[labelled], classes, scale)
     counts = torch.bincount(given[labelled], minlength=classes)
@@ -407,11 +390,9 @@ def main(argv=None) -> int:
             scheduler.step()
             run.end_epoch(epoch, scalars, predict(averaged.module, test_images, args))
         probs = predict(averaged.module, images, args)
-        pictures = {}
-        if args.detect_by != "confidence":
-            losses = detection_losses(probs, given, args.detect_by)
-            pictures["mixtures"] = partial(figures.mixtures, losses, train, fit_mixture, args.mixture == "class")
-        run.finish(probs, [averaged.module], **pictures)
+        losses = detection_losses(probs, given, args.detect_by)
+        picture = partial(figures.mixtures, losses, train, fit_mixture, args.mixture == "class")
+        run.finish(probs, [averaged.module], mixtures=picture)
     return 0
 
 

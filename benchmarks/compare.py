@@ -54,20 +54,17 @@ NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-thresho
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
 SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
 TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1, drawn=False)
+PER_CLASS = "--mixture class --floor one"
+TWOSTAGE_PER_CLASS = Row("two-stage cycle, a mixture per class", "twostage", PER_CLASS, 2, drawn=False)
+TWOSTAGE_ONE = Row("two-stage cycle, one mixture, no floor", "twostage", "--floor one", 2, drawn=False)
+TWOSTAGE_UNDETECTED = Row("two-stage cycle, no detection", "twostage", "--no-detect", 1, drawn=False)
 TWOSTAGE_PARTS = [
-    Row("two-stage cycle, mixtures of cross-entropies", "twostage", "--detect-by ce", 2, drawn=False),
-    Row("two-stage cycle, one mixture for all classes", "twostage", "--mixture global", 2, drawn=False),
-    Row("two-stage cycle, labelled samples alone", "twostage", "--no-semi", 1, drawn=False),
-    Row("two-stage cycle, no detection", "twostage", "--no-detect", 1, drawn=False),
-    Row("two-stage cycle, no rebalancing", "twostage", "--rebalance none", 2, drawn=False),
-    Row("two-stage cycle, logit adjustment", "twostage", "--rebalance logits", 2, drawn=False),
-]
-TWOSTAGE_FERPLUS = [  # what the preset has is spelled out, for it was found with these rows
-    Row("two-stage cycle", "twostage", "--mixture global", 2),
-    Row("two-stage cycle, mixtures per class", "twostage", "--mixture class", 2, drawn=False),
-    Row("two-stage cycle, per class, labelled samples alone", "twostage", "--mixture class --no-semi", 1, drawn=False),
-    Row("two-stage cycle, per class, no rebalancing", "twostage", "--mixture class --rebalance none", 2, drawn=False),
-    Row("two-stage cycle, no detection", "twostage", "--no-detect", 1, drawn=False),
+    TWOSTAGE_PER_CLASS,
+    TWOSTAGE_ONE,
+    TWOSTAGE_UNDETECTED,
+    Row("two-stage cycle, per class, labelled samples alone", "twostage", f"{PER_CLASS} --no-semi", 1, drawn=False),
+    Row("two-stage cycle, per class, no rebalancing", "twostage", f"{PER_CLASS} --rebalance none", 2, drawn=False),
+    Row("two-stage cycle, per class, logit adjustment", "twostage", f"{PER_CLASS} --rebalance logits", 2, drawn=False),
 ]
 SUITES = {
     "toy": {
@@ -90,6 +87,7 @@ SUITES = {
             Row("NCCTFER, by the batch, no negative head", "ncctfer", "--select-by batch --no-negative", 1, False),
             NCCTFER_BASELINE,
             TWOSTAGE,
+            TWOSTAGE_PER_CLASS,
         ],
     },
     "toy-60": {
@@ -102,13 +100,13 @@ SUITES = {
         "title": "Toy faces, 48 px, 40 % asymmetric noise",
         "flags": "--data toy --noise 0.4 --noise-type asymmetric",
         "seeds": (1, 2, 3),
-        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE],
+        "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE, TWOSTAGE_PER_CLASS],
     },
     "ferplus": {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, NCCTFER_BATCH, *TWOSTAGE_FERPLUS],
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, NCCTFER_BATCH, TWOSTAGE, *TWOSTAGE_PARTS],
     },
 }
 PRETRAINED = [ONE, TWO, COCURING, SCN, SCN_BASELINE, NCCTFER, NCCTFER_BASELINE, TWOSTAGE, TWOSTAGE_BASELINE]

@@ -23,7 +23,6 @@ from twostage import (
     admitted_set,
     class_margins,
     clean_probability,
-    confident_labels,
     detection_losses,
     fit_mixture,
     labelled_loss,
@@ -108,24 +107,17 @@ def test_a_class_of_one_kind_of_label_is_split_by_a_mixture_of_its_own():
 
 def test_the_labelled_set_is_empty_for_no_class():
     probability, losses = torch.tensor([0.9, 0.5, 0.1, 0.2]), torch.tensor([0.1, 0.2, 3.0, 2.0])
-    assert labelled_set(probability, losses, torch.tensor([0, 0, 1, 1])).tolist() == [True, False, False, True]
-    assert labelled_set(probability, losses, torch.tensor([0, 0, 1, 1]), 0.15).tolist() == [True, True, False, True]
+    labels = torch.tensor([0, 0, 1, 1])
+    assert labelled_set(probability, losses, labels, floor="one").tolist() == [True, False, False, True]
+    assert labelled_set(probability, losses, labels, 0.15, "one").tolist() == [True, True, False, True]
+    assert labelled_set(probability, torch.ones(4), labels, 0.9).all()  # equal losses are their own mean
 
 
-def test_labels_kept_by_confidence_by_hand():
-    """Class means 0.6, 0.2 and 0.3: the second label is the class of highest ratio, not of highest probability."""
-    probs = torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.3, 0.1, 0.6], [0.7, 0.0, 0.3]])
-    labels = torch.tensor([0, 1, 0, 1, 2])
-    means = [0.6, 0.2, 0.3]
-    kept, scores = confident_labels(probs, labels)
-    assert kept.tolist() == [True, True, False, False, False]
-    expected = []
-    for p, y in zip(probs.tolist(), labels.tolist()):
-        ratios = [math.log(max(p[c] / means[c], 1e-12)) for c in range(3)]
-        expected.append(ratios[y] - max(ratios[:y] + ratios[y + 1 :]))
-    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
-    wider = torch.cat([probs / 2, torch.full((5, 1), 0.5)], 1)  # a class that nobody is labelled wins no sample
-    assert torch.equal(confident_labels(wider, labels)[0], kept)
+def test_a_class_keeps_the_labels_up_to_its_mean_loss():
+    losses = torch.tensor([0.1, 0.2, 0.9, 0.6, 0.7, 0.8, 0.9])
+    labels, probability = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0.9, 0.4, 0.6, 0.2, 0.1, 0.1, 0.1])
+    assert labelled_set(probability, losses, labels).tolist() == [True, True, True, True, True, False, False]
+    assert labelled_set(probability, losses, labels, floor="one").tolist() == [True, False, True, True] + [False] * 3
 
 
 # class_margins (Ada-CM) and rates (CReST)
@@ -256,20 +248,18 @@ def plain_division(probs, labels, cycle, args):
     cycling, members = cycle >= 1, {c: [i for i in range(n) if y[i] == c] for c in sorted(set(y))}
     losses = [-math.log(max(p[i][y[i]], 1e-8)) if args.detect_by == "ce" else 1 - p[i][y[i]] for i in range(n)]
     clean = [1.0] * n
-    if args.detect and cycling and args.detect_by == "confidence":
-        level = {c: mean(p[i][c] for i in members[c]) for c in members}
-        others = [max(math.log(p[i][c] / level[c]) for c in level if c != y[i]) for i in range(n)]
-        clean = [math.log(p[i][y[i]] / level[y[i]]) - others[i] for i in range(n)]
-        above = 0
-    else:
-        above = args.clean_above
-        if args.detect and cycling:
-            for group in members.values() if args.mixture == "class" else [list(range(n))]:
-                for i, w in zip(group, posterior_of_the_lower([losses[i] for i in group])):
-                    clean[i] = w
-    assert all(abs(w - above) > 1e-5 for w in clean)  # rounding decides nothing
-    kept = [w > above for w in clean]
+    if args.detect and cycling:
+        for group in members.values() if args.mixture == "class" else [list(range(n))]:
+            for i, w in zip(group, posterior_of_the_lower([losses[i] for i in group])):
+                clean[i] = w
+    assert all(abs(w - args.clean_above) > 1e-5 for w in clean)  # rounding decides nothing
+    kept = [w > args.clean_above for w in clean]
     for c, group in members.items():
+        level = mean(losses[i] for i in group)
+        if args.detect and cycling and args.floor == "mean":
+            for i in group:
+                assert len(group) == 1 or abs(losses[i] - level) > 1e-6
+                kept[i] = kept[i] or len(group) == 1 or losses[i] <= level
         if not any(kept[i] for i in group):
             kept[min(group, key=lambda i: losses[i])] = True
     counts, margins = {c: sum(kept[i] for i in members[c]) for c in members}, []
@@ -408,13 +398,13 @@ def fixed(monkeypatch):
     "flags",
     [
         [],
-        ["--mixture", "global", "--detect-by", "ce", "--clean-above", "0.7"],
-        ["--detect-by", "confidence"],
+        ["--mixture", "class", "--detect-by", "ce", "--clean-above", "0.7"],
+        ["--floor", "one"],
         ["--rebalance", "logits"],
         ["--rebalance", "none"],
         ["--no-semi"],
         ["--no-detect"],
-        ["--no-detect", "--detect-by", "confidence"],
+        ["--no-detect", "--floor", "one"],
         ["--alpha", "1", "--pseudo-weight", "0.5", "--consistency-weight", "0.7", "--margin-scale", "0.93"],
     ],
 )
@@ -544,11 +534,11 @@ def audit_of(folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--warm-up", "1", "--epochs", "4", "--decay", "0.5", "--mixture", "global"],
+        ["--warm-up", "1", "--epochs", "4", "--decay", "0.5", "--mixture", "class"],
         ["--warm-up", "0", "--oversample"],
         ["--warm-up", "2", "--epochs", "4", "--rebalance", "logits", "--oversample"],
-        ["--warm-up", "1", "--detect-by", "confidence", "--no-semi", "--seed", "3"],
-        ["--warm-up", "3", "--epochs", "8", "--detect-by", "confidence", "--head-lr", "0.3", "--margin-scale", "1"],
+        ["--warm-up", "1", "--floor", "one", "--no-semi", "--seed", "3"],
+        ["--warm-up", "3", "--epochs", "8", "--head-lr", "0.3", "--margin-scale", "1"],
     ],
 )
 def test_main_hands_the_right_things_to_both_stages(flags, record):
@@ -669,7 +659,7 @@ def test_ablations_are_told_apart(tiny, undrawn, tmp_path):
     whole, undetected = run(tiny, tmp_path), run(tiny, tmp_path, "--no-detect")
     labelled, baseline = run(tiny, tmp_path, "--no-semi"), run(tiny, tmp_path, "--no-detect", "--no-semi")
     none, logits = run(tiny, tmp_path, "--rebalance", "none"), run(tiny, tmp_path, "--rebalance", "logits")
-    one = run(tiny, tmp_path, "--mixture", "global")
+    one = run(tiny, tmp_path, "--mixture", "class")
     for other in (undetected, labelled, baseline, none, logits, one):
         assert other[0]["loss/total"] == whole[0]["loss/total"]  # the warm-up is the same
     assert all(line["labelled/share"] == 1 for line in undetected + baseline)
@@ -710,6 +700,7 @@ def test_batches_of_two_and_three_run(size, tiny, undrawn, tmp_path):
         (["--clean-above", "1"], "clean-above"),
         (["--rebalance", "some"], "rebalance"),
         (["--mixture", "some"], "mixture"),
+        (["--floor", "some"], "floor"),
         (["--detect-by", "some"], "detect-by"),
         (["--alpha", "-1"], "alpha"),
         (["--margin-scale", "2"], "margin-scale"),
