@@ -375,6 +375,7 @@ def ema_update(averaged, network, decay, steps):
         ["--no-negative", "--seed", "2"],
         ["--single-head", "--k", "3", "--warm-up", "2"],
         ["--select-by", "average", "--ema", "0.6", "--epochs", "4"],
+        ["--select-by", "batch", "--epochs", "4"],
     ],
 )
 def test_main_hands_the_right_things_to_the_loop(flags, record):
@@ -490,7 +491,7 @@ def test_ablations_are_told_apart(tiny, undrawn, tmp_path):
 
 
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, undrawn, tmp_path, monkeypatch):
-    check_resume(ncctfer.main, tiny, tmp_path, monkeypatch)
+    check_resume(ncctfer.main, [*tiny, "--warm-up", "1", "--ema", "0.9"], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("size", ["2", "3"])
@@ -521,6 +522,13 @@ def test_the_pretrained_preset_is_the_papers_and_the_mask_follows_the_heads():
     args = ncctfer.parse_args(["--data", "raf", "--pretrained", "x.pth"])
     assert (args.size, args.epochs, args.batch_size, args.warm_up, args.k) == (224, 40, 128, 4, 4)
     assert (args.lr, args.head_lr, args.decay, args.select_by) == (1e-4, 1e-3, 1.0, "batch")
-    assert ncctfer.parse_args(["--data", "ferplus", "--pretrained", "dlib"]).select_by == "average"
+    for flags in (["--data", "ferplus", "--pretrained", "dlib"], ["--data", "ferplus"], ["--data", "toy"]):
+        assert ncctfer.parse_args(flags).select_by == "average"
     assert (args.crop, args.operations, args.magnitude, args.mask) == (4, 2, 10, "most")
     assert ncctfer.parse_args(["--single-head"]).mask == "least"
+
+
+def test_without_thresholds_nothing_selects(tiny, tmp_path):
+    flags = ["--no-threshold", "--no-negative", "--out", str(tmp_path), "--name", "run"]
+    assert ncctfer.main([*tiny, *flags]) == 0
+    assert "averaged" not in torch.load(tmp_path / "run" / "last.pt", weights_only=True)
