@@ -53,7 +53,7 @@ NCCTFER_BATCH = Row("NCCTFER, selected by the batch", "ncctfer", "--select-by ba
 NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
 SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
-TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1, drawn=False)
+TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1)
 PER_CLASS = "--mixture class --floor one"
 TWOSTAGE_PER_CLASS = Row("two-stage cycle, a mixture per class", "twostage", PER_CLASS, 2, drawn=False)
 TWOSTAGE_ONE = Row("two-stage cycle, one mixture, no floor", "twostage", "--floor one", 2, drawn=False)
