@@ -227,7 +227,7 @@ PAGES = [
   thresholds of the batch, as in the paper, it gains under asymmetric noise alone. Its negative head
   collapses ([why](ncctfer.md#the-negative-head)).
 - The two-stage cycle is the best at each noise. Most of its gain comes from the averaged network and the crop: they
-  reach 95.5 at 60 % without detection. Under asymmetric noise a mixture for each class is 2.6 points better than the
+  reach 95.5 at 60 % without detection. Under asymmetric noise a mixture for each class is 2.7 points better than the
   preset ([why it is not the preset](twostage.md#which-labels-to-keep)). The rows "per class" have such mixtures.""",
     ),
     (
@@ -249,7 +249,7 @@ PAGES = [
   Co-curing 5.7.
 - Each method is ahead of its own recipe without its parts in last5: Co-curing 4.3 points, SCN 1.8, the cycle 0.3,
   NCCTFER 0.1. NCCTFER and the cycle gain in mean class accuracy (4.7, 2.4); Co-curing and SCN lose 1.2.
-- Of 610 labels of disgust 28 are correct, of 604 of contempt 29. No method recognises more than 10 % of these faces.""",
+- Of 610 labels of disgust 28 are correct, of 604 of contempt 29. No method recognises more than 10 % of these.""",
     ),
     (
         "FERPlus, dlib's face recognition network, all images",
