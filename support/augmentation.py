@@ -98,10 +98,6 @@ OPERATIONS = (
 )
 
 
-GEOMETRY, TABLES = OPERATIONS[1:6], ("brightness", "contrast", *OPERATIONS[10:])
-KINDS = GEOMETRY, TABLES, ("color",), ("sharpness",)  # what one kind of step computes
-
-
 def rand_augment(images: Tensor, draw, layers: int = 2, magnitude: int = 10) -> Tensor:
     """RandAugment (Cubuk et al., 2020): `layers` operations one after the other, drawn anew for every sample.
 
@@ -118,34 +114,16 @@ def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude:
     """One operation for each image, equal to torchvision's on that image alone.
 
     images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of
-    the operations that have one. magnitude in [0, 30]. On a GPU an image passes through every kind of step; those that
-    are not its own leave it as it is. On a CPU it passes through its own alone: a GPU would have to be waited for.
+    the operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not
+    its own leave it as it is.
     """
-    if images.device.type != "cpu":
-        for kind in KINDS:
-            images = apply_kind(kind, images, operation, sign, magnitude)
-        return images
-    images = images.clone()
-    for kind in KINDS:
-        rows = sum(operation == OPERATIONS.index(name) for name in kind).nonzero()[:, 0]
-        if len(rows):
-            images[rows] = apply_kind(kind, images[rows], operation[rows], sign[rows], magnitude)
-    return images
-
-
-def apply_kind(kind: tuple, images: Tensor, operation: Tensor, sign: Tensor, magnitude: int) -> Tensor:
-    """One kind of step, see KINDS; images with an operation of another kind stay as they are."""
     step = {name: operation == number for number, name in enumerate(OPERATIONS)}
     ratio = 1 + bin_of(0.9, magnitude) * sign.double()  # of brightness, color, contrast, sharpness; (B,)
-    if kind is GEOMETRY:
-        return shear_translate_rotate(images, step, magnitude, sign)
-    if kind is TABLES:
-        return apply_tables(images, step, magnitude, ratio)
-    if kind == ("sharpness",):
-        return blend(images, blurred(images), torch.where(step["sharpness"], ratio, 1.0))
-    if images.shape[1] == 1:  # a grey image has no colour to blend
-        return images
-    return blend(images, grey_of(images.float()).floor(), torch.where(step["color"], ratio, 1.0))
+    images = shear_translate_rotate(images, step, magnitude, sign)
+    images = apply_tables(images, step, magnitude, ratio)
+    if images.shape[1] == 3:  # a grey image has no colour to blend
+        images = blend(images, grey_of(images.float()).floor(), torch.where(step["color"], ratio, 1.0))
+    return blend(images, blurred(images), torch.where(step["sharpness"], ratio, 1.0))
 
 
 @functools.lru_cache

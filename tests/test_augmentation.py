@@ -183,19 +183,3 @@ def test_random_affine_draws_for_each_sample():
     assert not torch.equal(whole[0], whole[1])
     halves = [random_affine(x[:3], draws(part, 6), 10, 0.1, 0.1) for part in (slice(0, 3), slice(3, 6))]
     torch.testing.assert_close(whole, torch.cat(halves))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_steps_of_other_kinds_leave_an_image_as_it_is(channels):
-    """A GPU sends each image through every kind of step, a CPU through its own alone."""
-    generator = torch.Generator().manual_seed(1)
-    count = 4 * len(OPERATIONS)
-    images = torch.randint(256, (count, channels, 20, 20), dtype=torch.uint8, generator=generator)
-    operation = torch.arange(count) % len(OPERATIONS)
-    sign = torch.where(torch.arange(count) // len(OPERATIONS) % 2 == 0, -1.0, 1.0)
-    through_all = images
-    for kind in augmentation.KINDS:
-        through_all = augmentation.apply_kind(kind, through_all, operation, sign, 10)
-    given = images.clone()
-    assert torch.equal(augmentation.apply_operations(images, operation, sign, 10), through_all)
-    assert torch.equal(images, given)
