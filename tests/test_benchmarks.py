@@ -68,6 +68,20 @@ def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
     assert (tmp_path / "docs" / "figures" / "small.png").exists()
 
 
+def test_a_suite_makes_its_label_files_once_and_trains_on_them(suite, tmp_path, monkeypatch):
+    made = "inject_noise.py --data toy --noise 0.4 --output machine-x.csv"  # fails where the file exists
+    what = compare.SUITES["small"]
+    flags = what["flags"].replace("--noise 0.4", "") + " --labels machine-x.csv"
+    monkeypatch.setitem(compare.SUITES, "small", what | {"before": [made], "flags": flags})
+    assert compare.main([*suite, "--rows", "scn"]) == 0
+    run = tmp_path / "runs" / "small"
+    given = dict(line.split(",")[:2] for line in (run / "scn-s1" / "labels.csv").read_text().splitlines()[1:])
+    assert given.items() <= dict(line.split(",") for line in (run / "machine-x.csv").read_text().splitlines()).items()
+    record = json.loads((tmp_path / "results" / "small" / "scn-s1.json").read_text())
+    assert "--labels machine-x.csv" in record["command"]
+    assert f"- first `python {made}`" in (tmp_path / "docs" / "records.md").read_text()
+
+
 def test_suites_of_one_data_set_share_a_table(monkeypatch, tmp_path):
     def row(name):
         return compare.Row(name, "scn", "", 1)
