@@ -113,17 +113,27 @@ def rand_augment(images: Tensor, draw, layers: int = 2, magnitude: int = 10) -> 
 def apply_operations(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int = 10) -> Tensor:
     """One operation for each image, equal to torchvision's on that image alone.
 
-    images: uint8 (B, C, H, W). operation: int64 (B,), indices into OPERATIONS. sign: (B,), -1 or 1, the direction of
-    the operations that have one. magnitude in [0, 30]. An image passes through every kind of step; those that are not
-    its own leave it as it is.
+    images: uint8 (B, C, H, W), or float in [0, 255], which is rounded first. operation: int64 (B,), indices into
+    OPERATIONS. sign: (B,), -1 or 1, the direction of the operations that have one. magnitude in [0, 30]. Returns uint8.
     """
-    step = {name: operation == number for number, name in enumerate(OPERATIONS)}
-    ratio = 1 + bin_of(0.9, magnitude) * sign.double()  # of brightness, color, contrast, sharpness; (B,)
-    images = shear_translate_rotate(images, step, magnitude, sign)
-    images = apply_tables(images, step, magnitude, ratio)
-    if images.shape[1] == 3:  # a grey image has no colour to blend
-        images = blend(images, grey_of(images.float()).floor(), torch.where(step["color"], ratio, 1.0))
-    return blend(images, blurred(images), torch.where(step["sharpness"], ratio, 1.0))
+    images = images.round().to(torch.uint8) if images.is_floating_point() else images.clone()
+    for change, numbers in KINDS.items():
+        if takes_its_own_alone(images.device):
+            rows = sum(operation == number for number in numbers).nonzero()[:, 0]
+            if len(rows):
+                images[rows] = change(images[rows], operation[rows], sign[rows], magnitude)
+        else:
+            images = change(images, operation, sign, magnitude)
+    return images
+
+
+def takes_its_own_alone(device: torch.device) -> bool:
+    """Whether an image passes through the kind of step of its own operation alone, which is less to compute.
+
+    On a GPU the host would have to wait for the places of these images: there each image passes through every kind of
+    step, and those that are not its own leave it as it is.
+    """
+    return device.type == "cpu"
 
 
 @functools.lru_cache
@@ -132,14 +142,24 @@ def bin_of(top: float, magnitude: int) -> float:
     return torch.linspace(0, top, 31)[magnitude].item()
 
 
-def shear_translate_rotate(images: Tensor, step: dict, magnitude: int, sign: Tensor) -> Tensor:
+def chosen(operation: Tensor, name: str) -> Tensor:
+    """bool (B,): the images that have this operation."""
+    return operation == OPERATIONS.index(name)
+
+
+def ratio_of(sign: Tensor, magnitude: int) -> Tensor:
+    """The factor of brightness, color, contrast and sharpness, float64 (B,)."""
+    return 1 + bin_of(0.9, magnitude) * sign.double()
+
+
+def shear_translate_rotate(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int) -> Tensor:
     """Sample each image at A (x, y, 1), in pixels from its centre, to the nearest pixel; black outside."""
     n, _, h, w = images.shape
     shear, angle = bin_of(0.3, magnitude) * sign, torch.deg2rad(bin_of(30, magnitude) * sign)  # (B,)
     zero, one = torch.zeros_like(shear), torch.ones_like(shear)
 
     def where(name, value, other):
-        return torch.where(step[name], value, other)
+        return torch.where(chosen(operation, name), value, other)
 
     cos, sin = where("rotate", angle.cos(), one), where("rotate", angle.sin(), zero)
     shear_x, shear_y = where("shear x", shear, zero), where("shear y", shear, zero)  # about the upper left corner
@@ -163,7 +183,7 @@ def shear_translate_rotate(images: Tensor, step: dict, magnitude: int, sign: Ten
     )
 
 
-def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> Tensor:
+def apply_tables(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int) -> Tensor:
     """The operations that map each value on its own: one table of 256 entries for each image and channel."""
     n, c, h, w = images.shape
     flat = images.view(n, c, h * w).long()
@@ -171,13 +191,16 @@ def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> T
     hist = torch.zeros(n, c, 256, device=images.device).scatter_add_(
         2, flat, torch.ones(1, device=images.device).expand(flat.shape)
     )
+    ratio = ratio_of(sign, magnitude)
     own, other = ratio.float()[:, None, None], (1 - ratio).float()[:, None, None]
     mean = grey_of(images.float()).floor().mean((1, 2, 3))[:, None, None]
 
-    low, high = flat.amin(2, keepdim=True).float(), flat.amax(2, keepdim=True).float()
+    pixels = images.view(n, c, h * w)
+    low, high = pixels.amin(2, keepdim=True).float(), pixels.amax(2, keepdim=True)
+    top, high = high.long(), high.float()
     stretched = torch.where(high > low, (value - low) * (255 / (high - low).clamp(min=1)), value)
     # Equalize: the step is the count of all pixels but those of the largest value, over 255
-    unit = ((h * w - hist.gather(2, flat.amax(2, keepdim=True))) / 255).floor()
+    unit = ((h * w - hist.gather(2, top)) / 255).floor()
     before = hist.cumsum(2) - hist  # pixels of smaller values
     equal = torch.where(unit > 0, ((before + (unit / 2).floor()) / unit.clamp(min=1)).floor(), value)
     equal[:, :, 0] = torch.where(unit[:, :, 0] > 0, 0, value[0])
@@ -194,8 +217,22 @@ def apply_tables(images: Tensor, step: dict, magnitude: int, ratio: Tensor) -> T
     }
     table = value.expand(n, c, 256)
     for name, entries in tables.items():
-        table = torch.where(step[name][:, None, None], entries, table)
+        table = torch.where(chosen(operation, name)[:, None, None], entries, table)
     return table.clamp(0, 255).to(torch.uint8).gather(2, flat).view(n, c, h, w)
+
+
+def change_color(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int) -> Tensor:
+    """Blend each image with its luma."""
+    if images.shape[1] == 1:  # a grey image has no colour to blend
+        return images
+    ratio = torch.where(chosen(operation, "color"), ratio_of(sign, magnitude), 1.0)
+    return blend(images, grey_of(images.float()).floor(), ratio)
+
+
+def change_sharpness(images: Tensor, operation: Tensor, sign: Tensor, magnitude: int) -> Tensor:
+    """Blend each image with its blurred self."""
+    ratio = torch.where(chosen(operation, "sharpness"), ratio_of(sign, magnitude), 1.0)
+    return blend(images, blurred(images), ratio)
 
 
 @functools.lru_cache
@@ -216,3 +253,12 @@ def blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
     """uint8 of ratio * images + (1 - ratio) * other, clamped and truncated as in torchvision. ratio: (B,)."""
     ratio = ratio[:, None, None, None]
     return (ratio.float() * images + (1 - ratio).float() * other).clamp(0, 255).to(torch.uint8)
+
+
+# Each kind of step, and the operations that it does. An image with another operation leaves it as it came.
+KINDS = {
+    shear_translate_rotate: range(1, 6),
+    apply_tables: (6, 8, *range(10, 15)),
+    change_color: (7,),
+    change_sharpness: (9,),
+}

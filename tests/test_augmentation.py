@@ -123,9 +123,15 @@ def torchvisions(operation, image, magnitude, sign):
     return _apply_op(image, name, value * (sign if signed else 1), nearest, None)
 
 
+@pytest.fixture(params=["each through its own kind of step", "each through every kind of step"])
+def way(request, monkeypatch):
+    """The way of a CPU, and that of a GPU."""
+    monkeypatch.setattr(augmentation, "takes_its_own_alone", lambda device: "own" in request.param)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("c", [1, 3])
-def test_every_operation_of_randaugment_is_torchvisions(operation, c):
+def test_every_operation_of_randaugment_is_torchvisions(operation, c, way):
     x, geometric = odd_images(c), operation in ("shear x", "shear y", "translate x", "translate y", "rotate")
     number = torch.full((len(x),), OPERATIONS.index(operation))
     for magnitude in (0, 10, 17, 30):
@@ -136,11 +142,21 @@ def test_every_operation_of_randaugment_is_torchvisions(operation, c):
                 assert (difference > 0).float().mean() <= (0.001 if geometric else 0), (magnitude, sign, i)
 
 
-def test_operations_are_drawn_and_applied_sample_by_sample():
-    x = odd_images(3)[:1].expand(15, -1, -1, -1)
-    mixed = apply_operations(x, torch.arange(15), torch.ones(15))
+@pytest.mark.parametrize("c", [1, 3])
+def test_operations_are_drawn_and_applied_sample_by_sample(c, way):
+    x = odd_images(c)[2:3].repeat(15, 1, 1, 1)
+    given, sign = x.clone(), torch.tensor([1.0, -1, 1]).repeat(5)
+    mixed = apply_operations(x, torch.arange(15), sign)
     for i in range(15):
-        assert torch.equal(mixed[i], apply_operations(x[:1], torch.tensor([i]), torch.ones(1))[0])
+        assert torch.equal(mixed[i], apply_operations(x[:1], torch.tensor([i]), sign[i : i + 1])[0])
+    assert torch.equal(x, given)
+    assert torch.equal(apply_operations(x + 0.4, torch.arange(15), sign), mixed)  # a weak view may be float
+    assert torch.equal(apply_operations(x[:1] + 0.6, torch.tensor([0]), sign[:1]), x[:1] + 1)
+
+
+def test_a_cpu_takes_the_way_without_the_steps_of_others():
+    assert augmentation.takes_its_own_alone(torch.device("cpu"))
+    assert not any(augmentation.takes_its_own_alone(torch.device(device)) for device in ("cuda", "meta"))
 
 
 def test_randaugment_draws_every_operation_and_both_directions(monkeypatch):

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from support import toyfaces
+from support import augmentation, toyfaces
 from support.augmentation import augment, rand_augment
 from support.networks import Averaged, Head
 
@@ -252,7 +252,8 @@ def test_the_watch_sees_what_comes_from_the_host():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_loader_waits_in_no_step_and_makes_no_tensor_from_a_list(device):
+def test_the_loader_waits_in_no_step_and_makes_no_tensor_from_a_list(device, monkeypatch):
+    monkeypatch.setattr(augmentation, "takes_its_own_alone", lambda device: False)  # the CPU stands in for a GPU
     images = common.Images(torch.randint(0, 256, (26, 3, 40, 40), dtype=torch.uint8), 48, torch.device(device))
     loader = common.Loader(images, 6, 1, partial(augment, crop=4, jitter=0.2), rand_augment)
     batches = loader.epoch(1, torch.arange(26) % CLASSES)
