@@ -52,8 +52,7 @@ def parse_args(argv=None):
     add_data_args(parser, several=True)
     add_training_args(parser, backbone=False)
     add = parser.add_argument_group("joint-distribution GAN").add_argument
-    add("--va-labels", metavar="FILE", help="valence and arousal to train on, from a file: a name and two numbers a "
-        "line")
+    add("--va-labels", metavar="FILE", help="valence and arousal to train on: a name and two numbers a line")
     add("--va-noise", type=number(float, 0), default=0.0, metavar="SIGMA", help="standard deviation of Gaussian noise "
         "on the training valence and arousal")
     add("--no-va", dest="va", action="store_false", help="Table 2, single task: expression labels alone")
@@ -61,29 +60,25 @@ def parse_args(argv=None):
         "alone; the heads of the label sets are linear probes of features that they do not train")
     add("--lambda", dest="lam", type=number(float, 0), help="weight of the adversarial terms, Eq. 9 (official code: "
         "1.0 on RAF, 0.8 on CIFAR-10, 0.4 on AffectNet); 0: no GAN, the VGG baseline")
-    add("--gamma", type=number(float, 0), default=1.0, help="weight of the similarity loss of valence and arousal, "
-        "Eq. 10 (official code: 1)")
+    add("--gamma", type=number(float, 0), default=1.0, help="weight of the valence-arousal loss, Eq. 10 (official: 1)")
     add("--warm-up", type=number(int, 0), help="first epochs without the adversarial terms (official code: 6 on RAF, "
         "1 on CIFAR-10, 0 on AffectNet)")
-    add("--d-steps", type=positive_int, default=2, help="discriminator steps for each generator step (official code: "
-        "2; Algorithm 1: one)")
+    add("--d-steps", type=positive_int, default=2, help="D steps for each G step (official code: 2; Algorithm 1: one)")
     add("--beta1", type=number(float, 0, 1, open_high=True), help="Adam's decay of the mean gradient, of decoder and "
         "discriminator (Adam's own: 0.9; ours on toy: 0.5, as is usual for GANs)")
     add("--no-joint", dest="joint", action="store_false", help="Table 3, w/o joint: no joint score")
     add("--no-marginal", dest="marginal", action="store_false", help="Table 3, w/o marginal: no marginal scores")
-    add("--no-decoder", dest="decoder", action="store_false", help="Table 3, w/o G_X: (x, predictions) against (x, "
-        "noise, noisy labels)")
+    add("--no-decoder", dest="decoder", action="store_false", help="Table 3, w/o G_X: the real image on both sides")
     add("--label-smoothing", type=number(float, 0, 1, open_high=True), default=0.0, help="control without a GAN: the "
         "share of a label that goes to all classes alike (ours)")
     add("--logit-penalty", type=number(float, 0), default=0.0, metavar="WEIGHT", help="control without a GAN: weight "
         "of the squared distance of the logits from their mean (ours)")
     add("--authors-vgg", action="store_true", help="the encoder of the official code: no batch normalisation, two "
         "fully connected layers with dropout, valence and arousal without tanh")
-    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all three networks (paper: 1)")
+    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all networks (paper: 1)")
     add("--crop", type=number(int, 0), help="pad by so many pixels and crop (official code, CIFAR-10: 4)")
     add("--rotate", type=number(float, 0, 180), help="random rotation, +- degrees (official code, faces: 10)")
-    add("--shift", type=number(float, 0, 1), help="random shift, +- share of the size (official code, faces: 10 of 64 "
-        "pixels)")
+    add("--shift", type=number(float, 0, 1), help="random shift, share of the size (official, faces: 10 of 64 pixels)")
     add("--zoom", type=number(float, 0, 1, open_high=True), help="random zoom, 1 +- this (official code, faces: 0.1)")
     args = parse_with_presets(parser, PRESETS, argv)
     if not (args.joint or args.marginal):
