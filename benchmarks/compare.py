@@ -184,7 +184,7 @@ SUITES["toy-multitask-machine"] = {
 SUITES["ferplus-multitask"] = {
     "title": "FERPlus, 32 px, all images, label sets of 30 and 40 % symmetric noise, flip alone",
     "flags": "--data ferplus --noise 0.3 0.4 --size 32 --width 0.25 --batch-size 32 --lr 5e-4 --beta1 0.5 --warm-up 1 "
-    "--epochs 15 --lambda 0.2 --rotate 0 --shift 0 --zoom 0",
+    "--epochs 30 --lambda 0.2 --rotate 0 --shift 0 --zoom 0",
     "seeds": (1,),
     "rows": CONTROLS,
 }
