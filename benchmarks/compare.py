@@ -141,16 +141,16 @@ CONTROLS = [
     Row("VGG, logit penalty", "jointgan", "--lambda 0 --logit-penalty 0.5", 1),
     Row("joint-distribution GAN", "jointgan", "", 1),
 ]
+TABLE_3 = [
+    Row("GAN, no joint score", "jointgan", "--no-joint", 1),
+    Row("GAN, no marginal scores", "jointgan", "--no-marginal", 1),
+    Row("GAN, no decoder", "jointgan", "--no-decoder", 1),
+]
 SUITES["toy-multitask"] = {
     "title": "Toy faces, 32 px, label sets of 20, 30 and 40 % symmetric noise, valence-arousal noise 0.3, 40 epochs",
     "flags": "--data toy --noise 0.2 0.3 0.4 --va-noise 0.3 --epochs 40",
     "seeds": (1, 2, 3),
-    "rows": [
-        *CONTROLS,
-        Row("GAN, no joint score", "jointgan", "--no-joint", 1),
-        Row("GAN, no marginal scores", "jointgan", "--no-marginal", 1),
-        Row("GAN, no decoder", "jointgan", "--no-decoder", 1),
-    ],
+    "rows": [*CONTROLS, *TABLE_3],
 }
 SUITES["toy-multitask-long"] = {  # until the baseline has memorised the labels
     "title": "Toy faces, 32 px, label sets of 20, 30 and 40 % symmetric noise, valence-arousal noise 0.3, 100 epochs",
@@ -162,7 +162,7 @@ SUITES["toy-multitask-single"] = {
     "title": "Toy faces, 32 px, one label set of 20 % symmetric noise, 80 epochs",
     "flags": "--data toy --noise 0.2 --no-va --epochs 80",
     "seeds": (1, 2, 3),
-    "rows": CONTROLS,
+    "rows": [*CONTROLS, *TABLE_3],
 }
 SUITES["toy-multitask-asymmetric"] = {
     "title": "Toy faces, 32 px, label sets of 20, 30 and 40 % asymmetric noise, valence-arousal noise 0.3, 40 epochs",
