@@ -262,8 +262,8 @@ PAGES = [
     (
         "FERPlus, dlib's face recognition network, 10,000 images, 40 % symmetric noise",
         {"ferplus-dlib": ""},
-        """- The differences below are those of seed 1; one point may be chance. The second seed of one network and of
-  Co-curing: 71.3 and 78.5.
+        """- The differences below are those of seed 1; one point may be chance. The second seed of one network, two
+  networks and Co-curing: 71.3, 73.8 and 78.5.
 - One network turns down after epoch 10: it memorises. The two-stage cycle is 6.2 points ahead of it in last5,
   Co-curing 5.7.
 - Each method is ahead of its own recipe without its parts in last5: Co-curing 4.3 points, SCN 1.8, the cycle 0.3,
@@ -278,19 +278,25 @@ PAGES = [
     (
         "Three label sets, valence and arousal, toy faces, 32 px",
         {"toy-multitask": "40 epochs:", "toy-multitask-long": "100 epochs:"},
-        "Label sets of 20, 30 and 40 % symmetric noise. [What the GAN gives](jointgan.md#results).",
+        """Label sets of 20, 30 and 40 % symmetric noise. At 100 epochs the GAN is 4.0 points ahead of its VGG, 3.0
+ahead of a penalty on confidence. [What the GAN gives](jointgan.md#results).""",
     ),
-    ("One label set, toy faces, 32 px", {"toy-multitask-single": ""}, "20 % symmetric noise, no valence and arousal."),
+    (
+        "One label set, toy faces, 32 px",
+        {"toy-multitask-single": ""},
+        "20 % symmetric noise, no valence and arousal. The GAN is 10 points ahead of its VGG and of the controls.",
+    ),
     (
         "Structured noise, valence and arousal, toy faces, 32 px",
         {"toy-multitask-asymmetric": "asymmetric:", "toy-multitask-machine": "machine:"},
         """Asymmetric: three label sets of 20, 30 and 40 %. Machine: the labels, valence and arousal that a
-network trained on clear faces gives to subtle ones; 23 % of the labels are wrong.""",
+network trained on clear faces gives to subtle ones; 23 % of the labels are wrong. The GAN gains nothing
+over its VGG.""",
     ),
     (
         "Several label sets, FERPlus, 32 px, all images, flip alone",
         {"ferplus-multitask": ""},
-        "Label sets of 30 and 40 % symmetric noise, one seed.",
+        "Label sets of 30 and 40 % symmetric noise, one seed. The GAN learns more slowly; the VGG memorises little.",
     ),
 ]
 
@@ -546,7 +552,7 @@ def draw_curves() -> None:
             curve = [100 * statistics.mean(values) for values in zip(*(run["curve"] for run in runs))]
             axes.plot(range(1, len(curve) + 1), curve, label=row.name, marker=".")
         axes.set(xlabel="epoch", ylabel="test accuracy (%)")
-        axes.set_title(what["title"], fontsize=9)
+        axes.set_title(what["title"], fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
         low = min(100 * min(run["curve"][len(run["curve"]) // 4 :]) for _, runs in rows for run in runs)
         axes.set_ylim(max(0, low - 5))
