@@ -11,7 +11,7 @@ one.
     python jointgan.py --data raf --labels list_label_AffectnetModel.txt --va-labels list_va_AffectnetModel.txt
 
 Measured (docs/jointgan.md): toy, last5, 3 seeds, CPU. One set of 20 % noise, 80 epochs: 98.3 %, VGG 88.3 %, VGG with a
-penalty on confidence 88.5 %. Asymmetric noise and machine labels: no gain.
+penalty on confidence 88.5 %. Machine labels: no gain (76.8, 76.6, 75.4 %).
 """
 
 import sys
