@@ -15,7 +15,6 @@ penalty on confidence 88.5 %. Machine labels: no gain (76.8, 76.6, 75.4 %).
 """
 
 import sys
-from contextlib import contextmanager
 from functools import partial
 
 from support import figures
@@ -23,7 +22,7 @@ from support.augmentation import augment, random_affine
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.label_sets import class_va, load_label_sets
-from support.networks import Head, ResidualBlock, ResidualMLP, SelfAttention, Zero, to_device
+from support.networks import Head, ResidualBlock, ResidualMLP, SelfAttention, Zero, frozen, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, positive_int
 
 import torch
@@ -301,17 +300,6 @@ def score_both_sides(networks, x: Tensor, encoded: tuple, noisy: list[Tensor], p
         return discriminator([x, y0, *predicted], [generated, noise, *noisy])
 
 
-@contextmanager
-def frozen(network: nn.Module | None):
-    """What is computed inside sends no gradient into the weights of the network."""
-    weights = [] if network is None else list(network.parameters())
-    for weight in weights:
-        weight.requires_grad_(False)
-    yield
-    for weight in weights:
-        weight.requires_grad_(True)
-
-
 def train_one_epoch(networks, optimizers, batches, labels: list[Tensor], epoch: int, args) -> dict[str, float]:
     """One epoch over the training set. Returns its scalars.
 
@@ -391,16 +379,6 @@ def evaluation_scalars(
 HALF = (0.5,) * 3  # mean and standard deviation of the network input: [-1, 1], the range of the decoder's faces
 
 
-@torch.no_grad()
-def generate_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets: int, args) -> Tensor:
-    """uint8 (N, 3, size, size), on the CPU: faces generated from y0 (N, LATENT), labels (N, C), va (N, 2) or None."""
-    decoder.eval()
-    vectors = [y0, *[labels] * (sets if args.expression else 0), *([] if va is None else [va])]
-    with common.autocast(y0.device, args.precision):
-        faces = decoder(vectors)
-    return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
 def restore(states: list[dict], args, num_classes: int, device):
     """The trained encoder as a function of images, see support/inference.py."""
     encoder = load_networks(states, args, num_classes, device)[0]
@@ -443,9 +421,8 @@ def main(argv=None) -> int:
             scalars |= evaluation_scalars([p.cpu() for p in probs], prediction, test.labels, test.va)
             run.end_epoch(epoch, scalars, sum(probs) / len(probs))
         probs, _ = predict(encoder, images, args)
-        make = partial(generate_faces, decoder, sets=len(sets), args=args)
         y0 = torch.randn(8, LATENT, generator=common.generator_of("faces", args.seed)).to(device)
-        picture = partial(figures.generated, make, y0, train, class_va(train))
+        picture = partial(figures.generated, decoder, y0, train, class_va(train), len(sets), args)
         pictures = {} if decoder is None else {"generated": picture}
         run.finish(sum(probs) / len(probs), [n for n in networks if n is not None], **pictures)
     return 0

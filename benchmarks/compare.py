@@ -24,7 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.inference import load_model  # noqa: E402 - found through the line above
+from support.figures import generate_faces  # noqa: E402 - found through the line above
+from support.inference import load_model  # noqa: E402
 from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.metrics import summary  # noqa: E402
 
@@ -293,15 +294,16 @@ ahead of a penalty on confidence. [What the GAN gives](jointgan.md#results).""",
         "20 % symmetric noise, no valence and arousal. The GAN is 10 points ahead of its VGG and of the controls.",
     ),
     (
-        "Structured noise, valence and arousal, toy faces, 32 px",
-        {
-            "toy-multitask-asymmetric": "asymmetric:",
-            "toy-multitask-asymmetric-long": "asymmetric, 100 epochs:",
-            "toy-multitask-machine": "machine:",
-        },
-        """Asymmetric: three label sets of 20, 30 and 40 %; 40 epochs, and 100 with one seed, until the baseline has
-memorised the labels: there the GAN gains. Machine: the labels, valence and arousal that a network trained on clear
-faces gives to subtle ones; 23 % of the labels are wrong. The GAN gains nothing over its VGG.""",
+        "Asymmetric noise, valence and arousal, toy faces, 32 px",
+        {"toy-multitask-asymmetric": "40 epochs:", "toy-multitask-asymmetric-long": "100 epochs:"},
+        """Three label sets of 20, 30 and 40 %. At 100 epochs (one seed) the baseline has memorised the labels: there
+the GAN gains.""",
+    ),
+    (
+        "Machine labels, valence and arousal, toy faces, 32 px",
+        {"toy-multitask-machine": ""},
+        """The labels, valence and arousal that a network trained on clear faces gives to subtle ones; 23 % of the
+labels are wrong. The GAN gains nothing over its VGG.""",
     ),
     (
         "Several label sets, FERPlus, 32 px, all images, flip alone",
@@ -374,7 +376,7 @@ def score_faces(folder: Path, args, count: int = 50) -> dict[str, float]:
     train, _, sets = load_label_sets(run)
     y0 = torch.randn(len(classes) * count, jointgan.LATENT, generator=common.generator_of("score", run.seed))
     labels, va = torch.arange(len(classes)).repeat_interleave(count), class_va(train)
-    made = jointgan.generate_faces(
+    made = generate_faces(
         decoder, y0, torch.eye(len(classes))[labels], None if va is None else va[labels], len(sets), run
     )
     probs, _ = load_model(judge / "model.pt", device)[1](made)

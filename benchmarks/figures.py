@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from support import datasets  # noqa: E402 - found through the line above
 from support.distributed import reports_errors  # noqa: E402
-from support.figures import faces, new_figure  # noqa: E402
+from support.figures import faces, generate_faces, new_figure  # noqa: E402
 from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.runs import Parser, positive_int  # noqa: E402
 
@@ -306,7 +306,7 @@ class Maker:
         return torch.randn(count, jointgan.LATENT, generator=common.generator_of("faces", self.args.seed))
 
     def faces(self, y0: Tensor, labels: Tensor, va: Tensor | None) -> Tensor:
-        return jointgan.generate_faces(self.decoder, y0, labels, va, self.sets, self.args)
+        return generate_faces(self.decoder, y0, labels, va, self.sets, self.args)
 
 
 def plane_figure(folder: Path, label: str, columns: int = 9):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import common
 from common import write_atomically
 
 NAMES = ("curves", "confusion", "audit", "weights", "confidence", "mixtures", "generated")  # the files are <name>.png
@@ -151,15 +152,25 @@ def confidence(train, probs: Tensor, count: int = 32):
     return faces(train.images[rows], captions, ["tab:red" if w else "black" for w in wrong], title)
 
 
-def generated(make, y0: Tensor, train, va: Tensor | None):
+@torch.no_grad()
+def generate_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets: int, args) -> Tensor:
+    """Joint-distribution GAN: uint8 (N, 3, size, size) on the CPU, from y0 (N, L), labels (N, C), va (N, 2) or None."""
+    decoder.eval()
+    vectors = [y0, *[labels] * (sets if args.expression else 0), *([] if va is None else [va])]
+    with common.autocast(y0.device, args.precision):
+        faces = decoder(vectors)
+    return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def generated(decoder, y0: Tensor, train, va: Tensor | None, sets: int, args):
     """Joint-distribution GAN, Fig. 4: a column for each class, a row for each latent vector.
 
-    make(y0, one-hot labels, va) -> uint8 faces. y0: (R, length). va: (C, 2), the means of each class, or None.
+    y0: (R, length). va: (C, 2), the means of each class, or None. sets: how many label sets the decoder takes.
     """
     count = len(train.classes)
     labels = torch.eye(count, device=y0.device).repeat(len(y0), 1)
     va = None if va is None else va.to(y0.device).repeat(len(y0), 1)
-    images = make(y0.repeat_interleave(count, 0), labels, va)
+    images = generate_faces(decoder, y0.repeat_interleave(count, 0), labels, va, sets, args)
     title = "Faces generated for each class (Fig. 4)"
     return faces(images, list(train.classes) * len(y0), ["black"] * len(images), title, columns=count)
 
