@@ -22,7 +22,7 @@ from support.augmentation import augment, random_affine
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.label_sets import class_va, load_label_sets
-from support.networks import Head, ResidualBlock, ResidualMLP, SelfAttention, Zero, frozen, to_device
+from support.networks import Head, ResidualBlock, ResidualMLP, SelfAttention, Zero, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, positive_int
 
 import torch
@@ -105,7 +105,8 @@ def ccc(prediction: Tensor, target: Tensor) -> Tensor:
     mean_p, mean_t = prediction.mean(), target.mean()
     covariance = ((prediction - mean_p) * (target - mean_t)).mean()
     spread = (prediction - mean_p).square().mean() + (target - mean_t).square().mean()
-    constant = spread == 0
+    constant = (prediction == prediction[:1]).all() & (target == target[:1]).all()  # spread may be a rounding error
+    constant |= spread == 0
     return torch.where(constant, 0.0, 2 * covariance / torch.where(constant, 1.0, spread + (mean_p - mean_t).square()))
 
 
@@ -285,11 +286,14 @@ def load_networks(states: list[dict], args, num_classes: int, device):
     return networks
 
 
-def score_both_sides(networks, x: Tensor, encoded: tuple, noisy: list[Tensor], precision: str) -> tuple[Tensor, Tensor]:
+def score_both_sides(
+    networks, x: Tensor, encoded: tuple, noisy: list[Tensor], precision: str, for_d: bool
+) -> tuple[Tensor, Tensor]:
     """D(x, G_Y(x)) and D(G_X(y~), y~) of Eq. 6, (N, S) each; y0 and noise are drawn anew.
 
     x: images (N, 3, H, W). encoded: see Encoder.forward. noisy: the noisy labels in the same order, one-hot, and
-    valence-arousal. Without decoder the second side has the images too (Table 3, w/o G_X).
+    valence-arousal. Without decoder the second side has the images too (Table 3, w/o G_X). for_d: no gradient reaches
+    G_Y and G_X.
     """
     _, decoder, discriminator = networks
     mean, log_variance, predicted = encoded
@@ -297,7 +301,8 @@ def score_both_sides(networks, x: Tensor, encoded: tuple, noisy: list[Tensor], p
     noise = torch.randn_like(mean)
     with common.autocast(x.device, precision), parametrize.cached():  # spectral norms are computed once
         generated = x if decoder is None else decoder([noise, *noisy])
-        return discriminator([x, y0, *predicted], [generated, noise, *noisy])
+        sides = [x, y0, *predicted], [generated, noise, *noisy]
+        return discriminator(*([values.detach() for values in side] if for_d else side for side in sides))
 
 
 def train_one_epoch(networks, optimizers, batches, labels: list[Tensor], epoch: int, args) -> dict[str, float]:
@@ -325,15 +330,14 @@ def train_one_epoch(networks, optimizers, batches, labels: list[Tensor], epoch: 
         if adversarial:
             noisy = [*(one_hot[values] for values in y[:sets]), *y[sets:]][learned]  # steps 3-4
             encoded = mean, log_variance, predicted[learned]
-            constant = mean.detach(), log_variance.detach(), [values.detach() for values in predicted[learned]]
             for _ in range(args.d_steps):  # step 6, of D
-                with frozen(decoder):
-                    loss_d = discriminator_loss(*score_both_sides(networks, x, constant, noisy, args.precision))
+                loss_d = discriminator_loss(*score_both_sides(networks, x, encoded, noisy, args.precision, for_d=True))
                 optimizers[1].zero_grad()
                 loss_d.backward()
                 optimizers[1].step()
-            with frozen(discriminator):  # step 5, of G_X and G_Y
-                s_enc, s_dec = score_both_sides(networks, x, encoded, noisy, args.precision)
+            discriminator.requires_grad_(False)  # step 5, of G_X and G_Y
+            s_enc, s_dec = score_both_sides(networks, x, encoded, noisy, args.precision, for_d=False)
+            discriminator.requires_grad_(True)
             loss_g = generator_loss(s_enc, s_dec)
             loss = loss + args.lam * loss_g  # Eq. 9
         optimizers[0].zero_grad()

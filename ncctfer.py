@@ -58,7 +58,8 @@ def parse_args(argv=None):
     add("--select-by", choices=("batch", "average"), help="whose probabilities Eqs. 1-2 take: those of the batch in "
         "training (paper), or once an epoch those of an averaged network on all samples (ours: from scratch, and with "
         "dlib's)")
-    add("--ema", type=number(float, 0, 1, open_high=True), default=0.98, help="decay of that averaged network, a step")
+    add("--ema", type=number(float, 0, 1, open_high=True), default=0.98, help="decay of that averaged network, a step "
+        "(ours)")
     add("--clamp", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), help="Eqs. 1-2 take probabilities "
         "clamped to this range (official code: 0.35 0.65; paper: none)")
     add("--negative-weight", type=number(float, 0), default=1.0, help="weight of L_c in Eq. 5 (paper: 1; the sums of "
@@ -245,8 +246,11 @@ def main(argv=None) -> int:
     with Run(args) as run:
         device = common.find_device(args.device)
         train, test = load_data(args)
-        if args.k > len(train.classes):
+        if args.k > max(4, len(train.classes)):
             raise common.UserError(f"--k {args.k}: there are only {len(train.classes)} classes")
+        if args.k > len(train.classes):  # the paper's 4
+            args.k = len(train.classes)
+            print(f"--k: all {args.k} classes, there are no more")
         images, test_images = (common.Images(split.images, args.size, device) for split in (train, test))
         weak = partial(augment, crop=args.crop)
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)

@@ -8,13 +8,16 @@ emptied (signature and docstring stay), what it needs to run, test_<method>.py w
 TASK.md. `--solution` writes the same folder with the bodies in place. assignments/README.md suggests further tasks.
 """
 
-import argparse
 import ast
 import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from support.runs import Parser  # noqa: E402 - found through the line above
+
 BANNER = "# " + "-" * 118  # above and below the title of a section
 
 
@@ -168,7 +171,7 @@ def make(method: str, out: Path, solution: bool = False) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__file__, __doc__)
     parser.add_argument("method", help="name of a script, without .py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, empty or not there yet")
     parser.add_argument("--solution", action="store_true", help="keep the bodies: what the tests pass on")

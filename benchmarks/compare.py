@@ -28,6 +28,7 @@ from support.figures import generate_faces  # noqa: E402 - found through the lin
 from support.inference import load_model  # noqa: E402
 from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.metrics import summary  # noqa: E402
+from support.runs import Parser  # noqa: E402
 
 import common  # noqa: E402
 
@@ -232,13 +233,15 @@ RESULTS_HEAD = """# Results
 Test accuracy in per cent: mean ± sample standard deviation over the seeds; without ± one seed. `best` is the highest
 of any epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs. Mean class
 accuracy is that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. All
-runs were made on CPUs. RAF-DB, AffectNet and CIFAR-10 were not run: we have no copies. Commands, seeds and machines:
+runs were made on CPUs, many beside other work: minutes of equal runs differ by a factor of two. RAF-DB, AffectNet and CIFAR-10 were not run: we have no copies. Commands, seeds and machines:
 [records.md](records.md). `python benchmarks/compare.py` writes this page."""
 RECORDS_HEAD = """# Records
 
 The numbers behind [results.md](results.md). `python benchmarks/compare.py` writes this page from `benchmarks/results/`.
 Per cent; mean ± standard deviation over the seeds. `final` is the last epoch, `passes` the forward-backward passes that
-an image makes in an epoch."""
+an image makes in an epoch at most; of the GAN those of the encoder alone. Of generated faces `faces/recognised` is the share
+that a network trained on correct labels gives the intended class, `faces/judge` its mean class accuracy on real test faces,
+`faces/spread` their standard deviation within a class as a share of that of real faces."""
 # Tables of docs/results.md: title, {suite: how its columns begin}, what the table says. Other suites get their own.
 PAGES = [
     (
@@ -259,7 +262,8 @@ PAGES = [
         "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise",
         {"ferplus": ""},
         """- One seed: a difference of one point may be chance.
-- Co-curing and SCN gain nothing over their baselines: with random crops these memorise little in 30 epochs.
+- Co-curing gains nothing over two networks, SCN nothing over one network: with random crops these memorise little in 30
+  epochs. SCN's own recipe without its parts was not run.
 - With the thresholds of the batch NCCTFER fails: they need a mostly correct network, and this one is correct on two
   thirds of the faces. Selected by the average it does not fall on the validation split ([66.3](ncctfer.md#results)).
 - The cycle with one mixture gains 2.5 points over its recipe without detection, and loses 1.5 in mean class accuracy:
@@ -422,8 +426,9 @@ def run_one(suite: str, row: Row, seed: int, args) -> None:
     made = json.loads((folder / "args.json").read_text())
     last = history[-1]
     numbers = {key: round(value, 6) for key, value in summary(history).items()}
-    for tag in ("accuracy/test_mean_class", *KNOWN):
-        if tag in last:
+    numbers["mean_class/last5"] = round(statistics.mean(line[MEAN_CLASS] for line in history[-5:]), 6)
+    for tag in last:
+        if tag in (MEAN_CLASS, *KNOWN) or tag.startswith("accuracy/class/"):
             numbers[tag] = round(last[tag], 6)
     if row.script == "jointgan":
         concordance = [
@@ -582,7 +587,7 @@ def write_docs() -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__file__, __doc__)
     parser.add_argument(
         "suites", nargs="*", choices=[*SUITES, []], help="what to run (default: nothing, only write the docs)"
     )

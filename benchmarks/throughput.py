@@ -56,7 +56,7 @@ from support.datasets import read_index  # noqa: E402
 from support.decoding import decode  # noqa: E402
 from support.distributed import reports_errors  # noqa: E402
 from support.figures import new_figure  # noqa: E402
-from support.runs import number  # noqa: E402
+from support.runs import Parser, number  # noqa: E402
 
 import common  # noqa: E402
 from common import UserError  # noqa: E402
@@ -698,11 +698,11 @@ def write_docs() -> None:
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__file__, __doc__)
     add, positive = parser.add_argument, number(int, 1)
     add("--quick", action="store_true", help="small and few measurements: shows that it runs, and the orders of size")
     add("--only", nargs="+", choices=SECTIONS, help="sections (default: all; quick: all but precision and peers)")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="scripts (default: all)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="scripts")
     add("--sizes", nargs="+", type=positive, help="pixels (default: 48 112 224; quick: 48)")
     add("--batch-sizes", nargs="+", type=number(int, 2), help="the first is that of all sections but `batches`, which "
         "takes the others (default: 64, on a GPU 256, then 32 to 1024; quick: 32, then 16 32 64)")
@@ -710,11 +710,10 @@ def parse_args(argv):
     add("--rounds", type=positive, help="how often all kinds take their turns (default: 5; quick: 2)")
     add("--images", type=number(int, 64), help=f"photographs (default: {FACES}, as RAF-DB; quick: 256)")
     add("--growth", nargs="+", type=number(int, 128), help="numbers of images in `growth` (default: 1000 to 100000)")
-    add("--longest", type=number(float, 0), default=20, help="leave methods out whose step takes longer, in seconds "
-        "(default: 20)")
+    add("--longest", type=number(float, 0), default=20, help="leave methods out whose step takes longer, in seconds")
     add("--compile", action="store_true", help="measure torch.compile too: minutes")
-    add("--device", default="auto", help="cpu, cuda; auto: cuda if there is one (default: auto)")
-    add("--out", default="speed", help="name of the .json and the .png that are written (default: speed)")
+    add("--device", default="auto", help="cpu, cuda; auto: cuda if there is one")
+    add("--out", default="speed", help="name of the .json and the .png that are written")
     add("--write", action="store_true", help="measure nothing: put all records of benchmarks/results/speed/ into "
         "docs/speed.md")
     args = parser.parse_args(argv)

@@ -161,6 +161,12 @@ def numbered(rows, path, num_classes: int) -> tuple[list[tuple[int, str, int]], 
             found.append((line_number, name, as_int(text)))
         if not 0 <= found[-1][2] <= num_classes:
             raise UserError(f"{path}, line {line_number}: label {text} is outside the {num_classes} classes")
+    first = {number: line_number for line_number, _, number in reversed(found)}
+    if 0 in first and num_classes in first:
+        raise UserError(
+            f"{path}: label 0 in line {first[0]} and label {num_classes} in line {first[num_classes]}: one of them is "
+            f"outside the {num_classes} classes"
+        )
     return found, label_base([number for _, _, number in found], num_classes, path) if found else 0
 
 
@@ -308,7 +314,7 @@ def read_folder(root: Path, split: str) -> Index:
     if split_folders and (root / "train").samefile(root / "test"):
         raise UserError(f"--data folder: {root / 'train'} and {root / 'test'} are one folder")
     top = root / "train" if split_folders else root
-    folders, _ = list_folder(top)
+    folders = sorted(list_folder(top)[0], key=lambda folder: canonical(folder.name))
     listing = ", ".join(folder.name for folder in folders)
     classes = tuple(canonical(folder.name) for folder in folders)
     if len(set(classes)) < 2:

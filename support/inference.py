@@ -89,6 +89,9 @@ def use_checkpoint(args, restore: Callable) -> int:
     path = Path(args.evaluate or args.predict[0])
     folder = Path(args.out) / args.name
     state, predictor = load_model(path, find_device(args.device), restore, args.method)
+    own = state["args"].get("backbone")
+    if getattr(args, "backbone", None) not in (None, own):
+        raise UserError(f"{path}: a checkpoint of --backbone {own}, not of {args.backbone}")
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
     ours = (*EVALUATION, *PREDICTIONS)

@@ -1,7 +1,6 @@
 """Heads on a backbone, a moving average, a discriminator's blocks; how networks come to a device and an optimiser."""
 
 import copy
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -108,17 +107,6 @@ class Zero(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features.new_zeros(len(features), 1)
-
-
-@contextmanager
-def frozen(network: nn.Module | None):
-    """What is computed inside sends no gradient into the weights of the network."""
-    weights = [] if network is None else list(network.parameters())
-    for weight in weights:
-        weight.requires_grad_(False)
-    yield
-    for weight in weights:
-        weight.requires_grad_(True)
 
 
 def to_device(network: nn.Module, device: torch.device, args) -> nn.Module:

@@ -199,6 +199,8 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
     kind, preset = preset_of(presets, early.data, getattr(early, "pretrained", "none"))
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, **preset)
     parser.set_defaults(oversample=early.data.startswith("affectnet"))
+    if early.evaluate or early.predict:
+        parser.set_defaults(backbone=None)  # that of the checkpoint
     args = parser.parse_args(argv)
     check_data_args(args, parser)
     if args.resume and args.overwrite:

@@ -175,6 +175,7 @@ def contact_sheet(columns: int = 14, size: int = 96, seed: int = 0, difficulty: 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Write a contact sheet of the toy faces, a row per class.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     parser.add_argument("--out", default="toyfaces.png", help="file to write (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=14, help="faces per class (default: %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="pixels per face (default: %(default)s)")
@@ -185,7 +186,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not 0 <= args.difficulty <= 1 or args.columns < 1 or args.size < 8 or args.seed < 0:
         parser.error("--difficulty lies in [0, 1], --columns is at least 1, --size at least 8, --seed at least 0")
-    contact_sheet(args.columns, args.size, args.seed, args.difficulty).save(args.out)
+    try:
+        contact_sheet(args.columns, args.size, args.seed, args.difficulty).save(args.out)
+    except (OSError, ValueError) as error:  # also an ending that is no image format
+        parser.error(f"--out {args.out}: cannot be written ({error})")
     print(f"{args.out}: a row each of {', '.join(CLASSES)}")
     return 0
 

@@ -1,6 +1,7 @@
 """The joint-distribution GAN: CCC and hinge losses by hand, networks of every size, what each step trains, runs."""
 
 import copy
+import itertools
 import json
 
 from support import toyfaces
@@ -50,6 +51,9 @@ def test_ccc_of_constants_is_zero_and_differentiable():
     assert got.item() == 0 and torch.isfinite(constant.grad).all()
     assert ccc(torch.full((4,), 0.3), torch.tensor([0.1, 0.2, 0.3, 0.4])).item() == 0  # no covariance
     assert ccc(torch.zeros(3), torch.ones(3)).item() == 0
+    for count, value in itertools.product((6, 7, 8), (0.1, 0.3, 0.7)):  # their means are rounded
+        same = torch.full((count,), value)
+        assert ccc(same, same).item() == 0 and ccc(same, same + 0.1).item() == 0
 
 
 def test_ccc_gradient_is_that_of_float64():
