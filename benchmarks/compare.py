@@ -233,15 +233,16 @@ RESULTS_HEAD = """# Results
 Test accuracy in per cent: mean ± sample standard deviation over the seeds; without ± one seed. `best` is the highest
 of any epoch, selected on the test set as in most papers. `last5` is the mean of the last five epochs. Mean class
 accuracy is that of the last epoch. CCC (concordance correlation coefficient) is the mean of valence and arousal. All
-runs were made on CPUs, many beside other work: minutes of equal runs differ by a factor of two. RAF-DB, AffectNet and CIFAR-10 were not run: we have no copies. Commands, seeds and machines:
-[records.md](records.md). `python benchmarks/compare.py` writes this page."""
+runs were made on CPUs, many beside other work: minutes of equal runs differ by a factor of two. RAF-DB, AffectNet and
+CIFAR-10 were not run: we have no copies. Commands, seeds and machines: [records.md](records.md).
+`python benchmarks/compare.py` writes this page."""
 RECORDS_HEAD = """# Records
 
 The numbers behind [results.md](results.md). `python benchmarks/compare.py` writes this page from `benchmarks/results/`.
 Per cent; mean ± standard deviation over the seeds. `final` is the last epoch, `passes` the forward-backward passes that
-an image makes in an epoch at most; of the GAN those of the encoder alone. Of generated faces `faces/recognised` is the share
-that a network trained on correct labels gives the intended class, `faces/judge` its mean class accuracy on real test faces,
-`faces/spread` their standard deviation within a class as a share of that of real faces."""
+an image makes in an epoch at most; of the GAN those of the encoder alone. Of generated faces `faces/recognised` is the
+share that a network trained on correct labels gives the intended class, `faces/judge` its mean class accuracy on real
+test faces, `faces/spread` their standard deviation within a class as a share of that of real faces."""
 # Tables of docs/results.md: title, {suite: how its columns begin}, what the table says. Other suites get their own.
 PAGES = [
     (
