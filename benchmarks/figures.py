@@ -195,8 +195,9 @@ def vote_entropy(votes: np.ndarray) -> np.ndarray:
 def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     """The `count` most suspicious labels of a run on FERPlus with the votes for them, and a line of what that says.
 
-    Printed: the rank correlation of suspicion (score in labels.csv) with the annotators' disagreement (entropy of the
-    votes), and the share of votes that the given label has among the first `count` and among all.
+    Printed: the rank correlation of suspicion (the order of labels.csv; its score alone) with the annotators'
+    disagreement (entropy of the votes), and the share of votes that the given label has among the first `count` and
+    among all.
     """
     try:
         args = argparse.Namespace(**json.loads((folder / "args.json").read_text()))
@@ -214,8 +215,9 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     given = np.array([classes.index(row["given"]) for row in rows])
     share = counts[np.arange(len(rows)), given] / counts.sum(1)
     print(
-        f"{folder}, {len(rows):,} images: rank correlation of suspicion with the entropy of the votes "
-        f"{rank_correlation(score, entropy):.3f}"
+        f"{folder}, {len(rows):,} images: rank correlation of the order of the rows with the entropy of the votes "
+        f"{rank_correlation(-np.arange(len(rows)), entropy):.3f}, of the score {rank_correlation(score, entropy):.3f} "
+        f"({(score > 0).mean():.0%} of the scores are above 0)"
     )
     print(
         f"share of the votes that the given label has: {share[:count].mean():.2f} in the first {count} rows, "

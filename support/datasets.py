@@ -164,8 +164,8 @@ def numbered(rows, path, num_classes: int) -> tuple[list[tuple[int, str, int]], 
     first = {number: line_number for line_number, _, number in reversed(found)}
     if 0 in first and num_classes in first:
         raise UserError(
-            f"{path}: label 0 in line {first[0]} and label {num_classes} in line {first[num_classes]}: one of them is "
-            f"outside the {num_classes} classes"
+            f"{path}, lines {first[0]} and {first[num_classes]}: labels 0 and {num_classes}, but {num_classes} classes "
+            "count from 0 or from 1"
         )
     return found, label_base([number for _, _, number in found], num_classes, path) if found else 0
 

@@ -52,6 +52,15 @@ def audit_scores(probs: Tensor, given: Tensor) -> Tensor:
     return probs.amax(1) - probs.gather(1, given[:, None])[:, 0]
 
 
+def audit_order(probs: Tensor, given: Tensor) -> Tensor:
+    """The rows, int64 (N,), the most suspicious label first: by `audit_scores`, equal ones by the least p_given.
+
+    The score of a label that the network agrees with is 0, and these are most of the rows.
+    """
+    by_p = probs.gather(1, given[:, None])[:, 0].argsort(stable=True)
+    return by_p[audit_scores(probs, given)[by_p].argsort(descending=True, stable=True)]
+
+
 def summary(history: list[dict]) -> dict[str, float]:
     """best (highest test accuracy of any epoch), last5 (mean of the last five), final, as fractions, and best_epoch."""
     accuracies = [line["accuracy/test"] for line in history]

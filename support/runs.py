@@ -25,6 +25,7 @@ from support.datasets import Split
 from support.decoding import UNPRINTABLE, checksum
 from support.metrics import (
     accuracy_scalars,
+    audit_order,
     audit_scores,
     confusion_matrix,
     label_scalars,
@@ -532,7 +533,7 @@ class Run:
         train, probs = self.train, probs.float().cpu()
         current = train.labels if labels is None else labels.cpu()
         scores = audit_scores(probs, train.labels)
-        order = scores.argsort(descending=True, stable=True).tolist()
+        order = audit_order(probs, train.labels).tolist()
         self.write_audit(current, scores, order)
         history, drawn = self.history(), []
         pictures = {

@@ -211,6 +211,8 @@ def test_bad_input_is_one_line(scn_model, tmp_path, capsys):
         (["--evaluate", str(tmp_path / "none.pt")], "no such checkpoint"),
         (["--evaluate", str(scn_model.parent / "last.pt")], "not a model.pt"),
         (["--evaluate", model, "--device", "meta"], "--device meta"),
+        (["--evaluate", model, "--backbone", "resnet50"], "of --backbone resnet18, not of resnet50"),
+        (["--predict", model, str(broken), "--backbone", "resnet50"], "of --backbone resnet18, not of resnet50"),
     ):
         assert words in error_line(scn.main, [*place(tmp_path), *flags], capsys)
         assert not (tmp_path / "out").exists()

@@ -201,6 +201,17 @@ def test_folder_takes_classes_that_are_no_expressions(tmp_path, arguments):
     assert train.classes == ("bored cat", "dog")
 
 
+@pytest.mark.parametrize(
+    "folders, classes",
+    [(("zeta", "alpha", "Beta"), ("alpha", "beta", "zeta")), (("afraid", "anger"), ("anger", "fear"))],
+)
+def test_folder_classes_are_in_alphabetical_order(folders, classes, tmp_path, arguments):
+    train, test = load_data(arguments("folder", build_folder(tmp_path / "data", folders)))
+    assert train.classes == test.classes == classes
+    first = next(name for name in train.names if train.labels[train.names.index(name)] == 0)
+    assert datasets.canonical(first.split("/")[0]) == classes[0]
+
+
 def test_folder_passes_over_hidden_folders_and_other_files(tmp_path):
     root = build_folder(tmp_path / "data")
     build_folder(root, (".hidden",))

@@ -348,6 +348,7 @@ def test_base_names_do_not_suffice_where_they_repeat(tmp_path, arguments):
         ("train_00003.jpg four", "line 3.*four"),
         ("train_00003.jpg 8", "line 3.*8"),
         ("train_00003.jpg -1", "line 3.*-1"),
+        ("train_00003.jpg 0", r"lines 3 and \d+: labels 0 and 7"),
         ("train_00001.jpg 5", "line 3.*train_00001.jpg"),  # is 2 in line 1
     ],
 )

@@ -41,6 +41,11 @@ def test_audit_score_is_the_margin_of_the_best_class_over_the_given_one():
     torch.testing.assert_close(got, torch.tensor([0.3, 0.0]))
 
 
+def test_of_equal_scores_the_label_that_is_least_probable_comes_first():
+    probs = torch.tensor([[0.6, 0.3, 0.1], [0.9, 0.05, 0.05], [0.2, 0.5, 0.3], [0.4, 0.3, 0.3], [0.5, 0.2, 0.3]])
+    assert metrics.audit_order(probs, torch.tensor([0, 0, 0, 0, 1])).tolist() == [2, 4, 3, 0, 1]
+
+
 def test_best_last5_and_final_are_what_their_names_say():
     history = [{"epoch": i + 1, "accuracy/test": a} for i, a in enumerate([0.5, 0.9, 0.1, 0.2, 0.3, 0.4, 0.5])]
     assert metrics.summary(history) == pytest.approx({"best": 0.9, "last5": 0.3, "final": 0.5, "best_epoch": 2})

@@ -9,7 +9,7 @@ from support import figures, toyfaces
 
 import pytest
 import torch
-from conftest import Tiny, check_resume, lines
+from conftest import Tiny, build_folder, check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -492,6 +492,17 @@ def test_ablations_are_told_apart(tiny, undrawn, tmp_path):
 
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, undrawn, tmp_path, monkeypatch):
     check_resume(ncctfer.main, [*tiny, "--warm-up", "1", "--ema", "0.9"], tmp_path, monkeypatch)
+
+
+def test_of_fewer_than_four_classes_all_are_kept(tiny, undrawn, tmp_path, capsys, monkeypatch):
+    seen, honest = [], ncctfer.negative_consistency
+    monkeypatch.setattr(ncctfer, "negative_consistency", lambda *a: seen.append(a[3]) or honest(*a))
+    data = ["--data", "folder", "--root", str(build_folder(tmp_path / "data", count=10)), "--cache", str(tmp_path)]
+    flags = [*tiny, *data, "--warm-up", "1", "--out", str(tmp_path)]
+    assert ncctfer.main([*flags, "--name", "run"]) == 0
+    assert "--k: all 3 classes" in capsys.readouterr().out and set(seen) == {3}
+    assert ncctfer.main([*flags, "--k", "5", "--name", "more"]) == 2
+    assert "--k 5: there are only 3 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["2", "3"])

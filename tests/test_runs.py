@@ -20,6 +20,7 @@ from pathlib import Path
 from support import figures, runs
 from support.datasets import Split
 from support.distributed import reports_errors
+from support.metrics import audit_order
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import numpy as np
@@ -344,6 +345,11 @@ def test_a_run_and_what_it_leaves(script, tmp_path, capsys):
     assert record["commit"] == "abc" and record["size"] == 16 and record["argv"][0] == "--out"
     model = common.load_checkpoint(folder / "model.pt")
     assert set(model) == {"method", "classes", "args", "networks"} and model["classes"] == ["a", "b", "c"]
+    (train, _), network = make_data(), nn.Linear(16, 3)
+    network.load_state_dict(model["networks"][0])
+    order = audit_order(network(train.images.flatten(1) / 255).softmax(1), train.labels).tolist()
+    rows = [line.split(",")[0] for line in (folder / "labels.csv").read_text().splitlines()[1:]]
+    assert rows == [train.names[i] for i in order] != sorted(rows)
     events = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in events.Scalars("threshold/a")] == [1, 2, 3]
     assert events.Scalars("hparam/final")[0].value == pytest.approx(history[-1]["accuracy/test"])

@@ -154,11 +154,19 @@ def test_main_writes_the_sheet(tmp_path, capsys):
         ["--seed", "-1"],
     ],
 )
-def test_main_refuses_what_is_out_of_range(argv, tmp_path):
+def test_main_refuses_what_is_out_of_range(argv, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     with pytest.raises(SystemExit) as refusal:
         main(["--out", str(out), *argv])
-    assert refusal.value.code == 2 and not out.exists()
+    assert refusal.value.code == 2 and not out.exists() and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["none/sheet.png", "sheet.foo"])
+def test_main_names_a_file_that_cannot_be_written(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        main(["--out", str(tmp_path / name), "--columns", "1", "--size", "8"])
+    said = capsys.readouterr().err
+    assert refusal.value.code == 2 and name in said and len(said.splitlines()) == 1
 
 
 def test_import_prints_and_writes_nothing(tmp_path):
