@@ -55,6 +55,8 @@ COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", 
 NCCTFER_BATCH = Row("NCCTFER, selected by the batch", "ncctfer", "--select-by batch", 2, drawn=False)
 NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1, drawn=False)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
+COCURING_KEPT = Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False)
+SCN_KEPT = Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False)
 SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
 TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1)
 PER_CLASS = "--mixture class --floor one"
@@ -78,12 +80,12 @@ SUITES = {
             ONE,
             TWO,
             COCURING,
-            Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False),
+            COCURING_KEPT,
             Row("two networks, clean labels", "cocuring", f"--noise 0 {PLAIN}", 2),
             SCN,
             SCN_BASELINE,
             Row("SCN, relabelling the whole batch", "scn", "--relabel-batch", 1, drawn=False),
-            Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False),
+            SCN_KEPT,
             NCCTFER,
             NCCTFER_BATCH,
             Row("NCCTFER, by the batch, least probable classes", "ncctfer", "--select-by batch --mask least", 2, False),
@@ -117,7 +119,19 @@ SUITES["ferplus-dlib"] = {
     "title": "FERPlus, dlib's face recognition network, 10,000 images, 40 % symmetric noise",
     "flags": "--data ferplus --limit 10000 --noise 0.4 --pretrained dlib",
     "seeds": (1, 2, 3),
-    "rows": [ONE, TWO, COCURING, SCN, SCN_BASELINE, NCCTFER, NCCTFER_BASELINE, TWOSTAGE, TWOSTAGE_BASELINE],
+    "rows": [
+        ONE,
+        TWO,
+        COCURING,
+        COCURING_KEPT,
+        SCN,
+        SCN_KEPT,
+        SCN_BASELINE,
+        NCCTFER,
+        NCCTFER_BASELINE,
+        TWOSTAGE,
+        TWOSTAGE_BASELINE,
+    ],
 }
 for name, noise, words in (
     ("0", "--noise 0", "no injected noise"),
