@@ -65,6 +65,13 @@ def augmented(x, part, epoch=1, crop=2, jitter=0.4):
     return augment(x, draws(part, epoch=epoch), crop=crop, jitter=jitter)
 
 
+def test_brightness_contrast_and_saturation_are_drawn_apart():
+    x = images(2, 3)
+    drawn = augment(x, chosen(2, brightness=0.0, contrast=0.75, saturation=1.0), jitter=0.4)
+    factors = (torch.full((2,), value) for value in (0.6, 1.2, 1.4))
+    torch.testing.assert_close(drawn, augmentation.color_jitter(x.float(), *factors))
+
+
 def test_the_same_image_twice_in_a_batch_differs():
     got = augmented(images(1).expand(8, -1, -1, -1), slice(0, 8))
     assert all(not torch.equal(got[i], got[j]) for i in range(8) for j in range(i))
@@ -168,6 +175,12 @@ def test_randaugment_draws_every_operation_and_both_directions(monkeypatch):
     assert set(sign.tolist()) == {-1, 1} and not torch.equal(operation, second)
 
 
+def test_each_layer_of_randaugment_draws_anew():
+    names = []
+    rand_augment(images(2), lambda name: names.append(name) or torch.full((2,), 0.0), layers=3)
+    assert len(names) == len(set(names)) == 6
+
+
 def test_randaugment_repeats_in_place_and_does_not_depend_on_the_batch_split():
     x = images(12)
     whole = rand_augment(x, draws(slice(0, 12)))
@@ -191,6 +204,10 @@ def test_random_affine_shifts_turns_and_zooms():
     assert any(torch.allclose(turned, x.float().rot90(k, (2, 3)), atol=1e-2) for k in (1, 3))
     zoomed = moved(zoom=0.0)  # half the size: black around
     assert (zoomed[..., :1] == 0).all() and zoomed[..., 3:5, 3:5].mean() > 0
+    torch.testing.assert_close(moved(shift_y=1.0)[..., :6, :], x.float()[..., 2:, :], atol=1e-3, rtol=0)
+    for zoom in (0.0, 1.0):  # turned and zoomed at once
+        k = 1 if torch.allclose(turned, x.float().rot90(1, (2, 3)), atol=1e-2) else 3
+        torch.testing.assert_close(moved(rotation=1.0, zoom=zoom), moved(zoom=zoom).rot90(k, (2, 3)), atol=0.1, rtol=0)
 
 
 def test_random_affine_draws_for_each_sample():

@@ -1,5 +1,6 @@
 """--evaluate and --predict: a trained model on other data and on one's own images, through the command line."""
 
+import argparse
 import csv
 import importlib
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 from support import figures, toyfaces
 from support.datasets import load_data
 from support.inference import load_model
+from support.metrics import audit_scores
 
 import numpy as np
 import pytest
@@ -217,6 +219,18 @@ def test_bad_input_is_one_line(scn_model, tmp_path, capsys):
         assert words in error_line(scn.main, [*place(tmp_path), *flags], capsys)
         assert not (tmp_path / "out").exists()
     assert "of scn, not of cocuring" in error_line(cocuring.main, ["--evaluate", model, *place(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_label_audit_is_that_of_the_methods_prediction(method, trained):
+    _, model = trained(method)
+    state, predictor = load_model(model, CPU)
+    train, _ = load_data(argparse.Namespace(**state["args"] | {"noise": 0.0}))
+    with open(model.with_name("labels.csv")) as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    given = torch.tensor([train.classes.index(rows[name]["given"]) for name in train.names])
+    written = torch.tensor([float(rows[name]["score"]) for name in train.names])
+    torch.testing.assert_close(audit_scores(predictor(train.images)[0], given), written, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -367,6 +367,25 @@ def test_label_sets_have_their_rates_and_seeds(few_toys, tmp_path):
     assert single.va is None
 
 
+def test_noise_has_a_seed_of_its_own(few_toys, tmp_path):
+    def drawn(*flags):
+        train, _, sets = load_sets(tmp_path, "--noise", "0.3", "0.3", "--va-noise", "0.2", *flags)
+        return torch.stack(sets), train.va
+
+    a, b = drawn("--seed", "1", "--noise-seed", "5"), drawn("--seed", "2", "--noise-seed", "5")
+    c = drawn("--seed", "1", "--noise-seed", "7")
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], c[0]) and not torch.equal(a[1], c[1])
+
+
+def test_valence_and_arousal_are_scored_apart():
+    va, noise = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(3))
+    scalars = jointgan.evaluation_scalars([torch.eye(7)[:2]], va + noise, torch.tensor([0, 1]), va)
+    for k, name in enumerate(("valence", "arousal")):
+        assert scalars[f"va/ccc_{name}"] == pytest.approx(ccc(va[:, k] + noise[:, k], va[:, k]).item())
+        assert scalars[f"va/mse_{name}"] == pytest.approx(noise[:, k].square().mean().item())
+
+
 def test_label_and_va_files_are_read(few_toys, tmp_path, capsys):
     plain, _, (own,) = load_sets(tmp_path)
     labels, va = tmp_path / "labels.csv", tmp_path / "va.txt"

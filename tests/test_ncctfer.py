@@ -490,6 +490,14 @@ def test_ablations_are_told_apart(tiny, undrawn, tmp_path):
     assert len({line[1]["loss/negative"] for line in (whole, least, k1)}) == 3
 
 
+def test_an_averaged_network_selects_by_clamped_probabilities(tiny, undrawn, tmp_path):
+    flags = [*tiny, "--select-by", "average", "--warm-up", "1", "--out", str(tmp_path)]
+    assert ncctfer.main([*flags, "--name", "plain"]) == 0
+    assert ncctfer.main([*flags, "--clamp", "0.5", "0.5", "--name", "clamped"]) == 0  # equal: all reach the mean
+    plain, clamped = ([line["confident/share"] for line in lines(tmp_path / name)] for name in ("plain", "clamped"))
+    assert clamped == [1, 1, 1] and max(plain[1:]) < 1
+
+
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, undrawn, tmp_path, monkeypatch):
     check_resume(ncctfer.main, [*tiny, "--warm-up", "1", "--ema", "0.9"], tmp_path, monkeypatch)
 

@@ -298,8 +298,21 @@ def test_main_trains_on_every_sample_in_a_view_as_asked(method, crop, jitter, ti
             assert len({place // 2 for place in view.tolist()}) > len(shifts) / 2
 
 
-@pytest.mark.parametrize("method", [cocuring, scn, ncctfer], ids=lambda method: method.__name__)
-def test_oversampling_draws_every_class_as_often(method, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [cocuring, scn, ncctfer, twostage], ids=lambda method: method.__name__)
+def test_the_backbone_is_given_images_of_the_data(method, tiny, tmp_path, monkeypatch):
+    """dlib's network takes the statistics of its live batch normalisation from them."""
+    seen, honest = [], common.make_backbone
+    monkeypatch.setattr(common, "make_backbone", lambda args, inputs=None: seen.append(inputs) or honest(args, inputs))
+    assert method.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    assert seen and all(inputs.shape[1:] == (3, 32, 32) and inputs.std() > 0.1 for inputs in seen)
+
+
+@pytest.mark.parametrize("method", [cocuring, scn, ncctfer, jointgan], ids=lambda method: method.__name__)
+def test_oversampling_draws_every_given_class_as_often(method, tiny, tmp_path, monkeypatch):
+    if hasattr(method, "relabel"):  # the current labels become those of one class
+        zeros = lambda *values: torch.zeros_like(next(v for v in values if v.dtype == torch.int64))  # noqa: E731
+        monkeypatch.setattr(method, "relabel", zeros)
+    tiny += ["--warm-up", "1", *(["--width", "0.02"] if method is jointgan else [])]
     epochs, honest = [], common.Loader.epoch
 
     def epoch(self, *arguments, **options):
