@@ -1,12 +1,15 @@
 """The joint-distribution GAN: CCC and hinge losses by hand, networks of every size, what each step trains, runs."""
 
 import copy
+import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 from support import toyfaces
-from support.datasets import write_labels
-from support.label_sets import load_label_sets
+from support.datasets import Split, write_labels
+from support.figures import generate_faces
+from support.label_sets import class_va, load_label_sets
 from support.networks import ResidualBlock, Zero
 from support.runs import Run
 
@@ -376,6 +379,31 @@ def test_noise_has_a_seed_of_its_own(few_toys, tmp_path):
     c = drawn("--seed", "1", "--noise-seed", "7")
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     assert not torch.equal(a[0], c[0]) and not torch.equal(a[1], c[1])
+
+
+def test_the_valence_and_arousal_of_a_class_are_means_of_its_images():
+    va = torch.tensor([[0.5, -1.0], [0.0, 0.25], [1.0, 0.0]])
+    train = Split(torch.zeros(3, 1, 2, 2), torch.tensor([2, 0, 2]), None, va, ["a", "b", "c"], ("x", "y", "z"))
+    assert class_va(train).tolist() == [[0.0, 0.25], [0, 0], [0.75, -0.5]]
+    assert class_va(dataclasses.replace(train, va=None)) is None
+
+
+def test_faces_are_generated_in_evaluation_mode_from_vectors_in_the_order_of_training():
+    seen = []
+
+    class Decoder(nn.Module):
+        def forward(self, vectors):
+            seen.append((self.training, [v.shape[1] for v in vectors]))
+            return torch.tensor([-2.0, -1, 0, 2]).view(1, 1, 2, 2).expand(len(vectors[0]), 3, 2, 2)
+
+    y0, labels, va = torch.zeros(2, 5), torch.eye(7)[:2], torch.zeros(2, 2)
+    args = SimpleNamespace(precision="fp32", expression=True)
+    faces = generate_faces(Decoder(), y0, labels, va, 3, args)
+    assert faces.dtype == torch.uint8 and faces[1, 2].tolist() == [[0, 0], [128, 255]]
+    generate_faces(Decoder(), y0, labels, None, 1, args)
+    args.expression = False
+    generate_faces(Decoder(), y0, labels, va, 3, args)
+    assert seen == [(False, [5, 7, 7, 7, 2]), (False, [5, 7]), (False, [5, 2])]
 
 
 def test_valence_and_arousal_are_scored_apart():
