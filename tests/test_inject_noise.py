@@ -337,6 +337,17 @@ def test_classes_of_another_data_set_are_matched_by_name(tiny, tmp_path, capsys)
     assert read(output) == {name: toyfaces.CLASSES[k] for name, k in zip(index.names, probs.argmax(1))}
 
 
+def test_a_class_that_only_the_model_knows_is_never_a_label(tiny, tmp_path, monkeypatch):
+    probs = torch.full((48, 8), 0.01)
+    probs[:, 0] = 0.6
+    probs[torch.arange(48), 1 + torch.arange(48) % 7] = 0.3
+    state = {"classes": ["contempt", *toyfaces.CLASSES], "args": {"size": 32}}
+    monkeypatch.setattr(inject_noise, "load_model", lambda *_: (state, lambda images: (probs, None)))
+    output = tmp_path / "machine.csv"
+    assert inject_noise.main(["--data", "toy", "--from-checkpoint", "x", "--output", str(output)]) == 0
+    assert list(read(output).values()) == [toyfaces.CLASSES[i % 7] for i in range(48)]
+
+
 def test_what_is_no_model_is_refused(tiny, tmp_path, capsys):
     assert scn.main([*tiny, "--out", str(tmp_path), "--name", "run"]) == 0
     folder, run = build_folder_splits(tmp_path / "animals", classes=("cat", "happy")), tmp_path / "run"

@@ -20,7 +20,7 @@ from pathlib import Path
 from support import figures, runs
 from support.datasets import Split
 from support.distributed import reports_errors
-from support.metrics import audit_order
+from support.metrics import audit_order, audit_scores
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import numpy as np
@@ -347,9 +347,11 @@ def test_a_run_and_what_it_leaves(script, tmp_path, capsys):
     assert set(model) == {"method", "classes", "args", "networks"} and model["classes"] == ["a", "b", "c"]
     (train, _), network = make_data(), nn.Linear(16, 3)
     network.load_state_dict(model["networks"][0])
-    order = audit_order(network(train.images.flatten(1) / 255).softmax(1), train.labels).tolist()
-    rows = [line.split(",")[0] for line in (folder / "labels.csv").read_text().splitlines()[1:]]
-    assert rows == [train.names[i] for i in order] != sorted(rows)
+    probs = network(train.images.flatten(1) / 255).softmax(1)
+    order, scores = audit_order(probs, train.labels).tolist(), audit_scores(probs, train.labels)
+    rows = [line.split(",") for line in (folder / "labels.csv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == [train.names[i] for i in order]
+    assert [float(row[3]) for row in rows] == pytest.approx([scores[i].item() for i in order], abs=1e-5)
     events = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in events.Scalars("threshold/a")] == [1, 2, 3]
     assert events.Scalars("hparam/final")[0].value == pytest.approx(history[-1]["accuracy/test"])
@@ -597,6 +599,13 @@ def test_all_that_differs_is_named_and_the_test_split_counts(script, unfinished,
     capsys.readouterr()
     assert script(tmp_path, "--resume") == 2
     assert "these differ: image names, classes, given labels;" in error_line(capsys)
+
+
+def test_other_test_images_are_not_resumed_on(script, unfinished, tmp_path, capsys):
+    train, test = make_data()
+    script.load = lambda: (train, dataclasses.replace(test, images=255 - test.images))
+    assert script(tmp_path, "--resume") == 2
+    assert "images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fingerprint", [None, 3, {}, {"images": 1}])
