@@ -293,7 +293,7 @@ PAGES = [
         {"ferplus-dlib": ""},
         """- One network has its best accuracy in epoch 8 to 10, and falls then. The two-stage cycle is 7.1 points ahead
   of it in last5, Co-curing 6.3.
-- Over its own recipe without its parts Co-curing gains 4.7 points in last5, NCCTFER 1.6, the cycle 0.9, SCN 0.9 (within
+- Over its own recipe without its parts Co-curing gains 4.7 points in last5, NCCTFER 1.6, the cycle 0.9, SCN 0.8 (within
   the spread). NCCTFER and the cycle gain 4.2 and 2.7 in mean class accuracy.
 - Co-curing and SCN do not gain in mean class accuracy: relabelling replaces most of the few correct labels of rare
   classes (of 610 labels of disgust 28 are correct, of 604 of contempt 29). Without it both gain, in one seed
