@@ -1,12 +1,13 @@
 """The joint-distribution GAN: CCC and hinge losses by hand, networks of every size, what each step trains, runs."""
 
 import copy
+import csv
 import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
 
-from support import toyfaces
+from support import figures, toyfaces
 from support.datasets import Split, write_labels
 from support.figures import generate_faces
 from support.label_sets import class_va, load_label_sets
@@ -368,6 +369,26 @@ def test_label_sets_have_their_rates_and_seeds(few_toys, tmp_path):
     assert 0.1 < (train.va - plain.va).std() < 0.3 and train.va.abs().max() <= 1
     single, _, _ = load_sets(tmp_path, "--no-va")
     assert single.va is None
+
+
+def test_the_audit_is_of_the_mean_over_the_heads(tiny, tmp_path, monkeypatch):
+    predicted, honest = [], jointgan.predict
+
+    def predict(*arguments):
+        predicted.append(honest(*arguments)[0])
+        return honest(*arguments)
+
+    monkeypatch.setattr(jointgan, "predict", predict)
+    monkeypatch.setattr(figures, "write", lambda path, draw: None)  # figures take most of the time of a tiny run
+    flags = ["--noise", "0.3", "0.4", "--lambda", "0", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]
+    assert jointgan.main([*tiny, *SMALL, *flags]) == 0
+    with open(tmp_path / "run" / "labels.csv") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["name"])
+    given = [toyfaces.CLASSES.index(row["given"]) for row in rows]
+    one, two = predicted[-1]  # of the training set, at the end
+    first, second, mean = (p.amax(1) - p[range(48), given] for p in (one, two, (one + two) / 2))
+    assert [float(row["score"]) for row in rows] == pytest.approx(mean.tolist(), abs=1e-5)
+    assert (first - mean).abs().max() > 1e-3 and (second - mean).abs().max() > 1e-3
 
 
 def test_noise_has_a_seed_of_its_own(few_toys, tmp_path):
