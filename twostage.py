@@ -10,7 +10,7 @@ class-rebalanced rates admit the pseudo-labels of rare classes first. A cycle is
     python twostage.py --data affectnet --root data/affectnet --pretrained resnet18_msceleb.pth
 
 Measured (docs/twostage.md): toy, 60 % noise, 3 seeds, CPU: last5 97.6 +- 0.8 % against 95.5 +- 1.1 % without detection
-and 76.1 +- 13.2 % for one plain network. FERPlus, 10,000 images, 40 %, --pretrained dlib, one seed: 79.0, 78.8, 72.8.
+and 76.1 +- 13.2 % for one plain network. FERPlus, 10,000 images, 40 %, --pretrained dlib, 3 seeds: 79.3, 78.3, 72.1.
 """
 
 import math
