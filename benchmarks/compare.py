@@ -111,7 +111,7 @@ SUITES = {
         "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
-        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, NCCTFER_BATCH, TWOSTAGE, *TWOSTAGE_PARTS],
+        "rows": [ONE, TWO, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE, *TWOSTAGE_PARTS],
     },
 }
 METHODS = [ONE, TWO, COCURING, SCN, NCCTFER, TWOSTAGE]
