@@ -44,6 +44,8 @@ PRESETS = {
     "pretrained dlib": dict(epochs=12, decay=0.95, warm_up=3, select_by="average"),
 }
 
+K = 4  # classes in the consistency loss, Sec. 4.4
+
 
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
@@ -52,7 +54,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("NCCTFER").add_argument
     add("--warm-up", type=number(int, 0), help="first epochs that supervise all samples, without consistency: E_warm - "
         "1 (official code: 4; ours from scratch on real faces: 19)")
-    add("--k", type=number(int, 1), default=4, help="classes in the consistency loss, Eq. 4 (paper, Sec. 4.4)")
+    add("--k", type=number(int, 1), default=K, help="classes in the consistency loss, Eq. 4 (paper, Sec. 4.4)")
     add("--mask", choices=("most", "least"), default="most", help="which k classes of the negative head: the most "
         "probable (paper, Sec. 3.2) or the least (paper, Sec. 1, and official code)")
     add("--select-by", choices=("batch", "average"), help="whose probabilities Eqs. 1-2 take: those of the batch in "
@@ -246,9 +248,9 @@ def main(argv=None) -> int:
     with Run(args) as run:
         device = common.find_device(args.device)
         train, test = load_data(args)
-        if args.k > max(4, len(train.classes)):
+        if args.k > max(K, len(train.classes)):
             raise common.UserError(f"--k {args.k}: there are only {len(train.classes)} classes")
-        if args.k > len(train.classes):  # the paper's 4
+        if args.k > len(train.classes):  # K, on data of 2 or 3 classes
             args.k = len(train.classes)
             print(f"--k: all {args.k} classes, there are no more")
         images, test_images = (common.Images(split.images, args.size, device) for split in (train, test))

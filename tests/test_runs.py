@@ -601,11 +601,14 @@ def test_all_that_differs_is_named_and_the_test_split_counts(script, unfinished,
     assert "these differ: image names, classes, given labels;" in error_line(capsys)
 
 
-def test_other_test_images_are_not_resumed_on(script, unfinished, tmp_path, capsys):
+@pytest.mark.parametrize("what", ("images", "valence and arousal"))
+def test_another_test_split_is_not_resumed_on(what, script, unfinished, tmp_path, capsys):
     train, test = make_data()
-    script.load = lambda: (train, dataclasses.replace(test, images=255 - test.images))
+    changes = {"images": dict(images=255 - test.images), "valence and arousal": dict(va=torch.zeros(len(test.names), 2))}
+    script.load = lambda: (train, dataclasses.replace(test, **changes[what]))
+    capsys.readouterr()
     assert script(tmp_path, "--resume") == 2
-    assert "images" in capsys.readouterr().err
+    assert f"these differ: {what};" in error_line(capsys)
 
 
 @pytest.mark.parametrize("fingerprint", [None, 3, {}, {"images": 1}])
