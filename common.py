@@ -136,12 +136,10 @@ def load_pretrained(model: nn.Module, path) -> int:
     if isinstance(state.get("networks"), list):  # heads have other names in every method
         state = {key: value for key, value in state["networks"][0].items() if key.startswith("backbone.")}
     state = state.get("state_dict", state)
-    rename = getattr(model, "rename", lambda key: key)  # published weights may have other names than the network
     heads, found = ("fc.", "feature.", "head.", "classifier."), {}
     for key, value in state.items():
         while key.startswith(("module.", "backbone.")):
             key = key.split(".", 1)[1]
-        key = rename(key)
         if isinstance(value, Tensor) and key and not key.startswith(heads):
             found[key] = value
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(heads)}

@@ -417,7 +417,8 @@ def main(argv=None) -> int:
 
         parts = dict(encoder=encoder, decoder=decoder, discriminator=discriminator)
         parts |= dict(zip(("optimizer", "optimizer_d"), optimizers))
-        for epoch in run.epochs(train, test, **{name: part for name, part in parts.items() if part is not None}):
+        parts = {name: part for name, part in parts.items() if part is not None}
+        for epoch in run.epochs(train, test, sets[1:], **parts):
             batches = loader.epoch(epoch, balance=labels[0] if args.oversample else None)
             scalars = train_one_epoch(networks, optimizers, batches, labels, epoch, args) | {"lr": args.lr}
             probs, prediction = predict(encoder, test_images, args)

@@ -37,9 +37,7 @@ class Several(common.Processes):
         store, self.rank, self.count = next(dist.rendezvous("env://"))
         self.local_rank, self.part = int(os.environ["LOCAL_RANK"]), slice(0, 0)
         self.stamps, self.modules, self.reports = {}, [], dist.PrefixStore("reports", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if self.local_rank < torch.cuda.device_count():
-            torch.cuda.set_device(self.local_rank)  # the one that "cuda" means
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
 
     @property
@@ -129,14 +127,16 @@ def first_goes_ahead():
             common.processes.sum(torch.zeros(1))
 
 
-def check_device(name: str) -> None:
-    """UserError for a --device that several processes cannot have."""
+def take_device(name: str) -> None:
+    """Of several processes: make "cuda" mean the GPU of this one; UserError for a --device that they cannot have."""
     if common.processes.count > 1:
         if name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: each process has a device of its own, --device cuda")
         there, wanted = torch.cuda.device_count(), common.processes.local_rank
         if name != "cpu" and 0 < there <= wanted:
             raise UserError(f"no GPU for process {wanted}: this machine has {there}; --nproc-per-node {there} fits")
+        if name != "cpu" and there:
+            torch.cuda.set_device(wanted)
 
 
 def reports_errors(main):

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support import figures
-from support.datasets import IMAGE_SUFFIXES, decode, decode_all, read_index
+from support.datasets import read_index
+from support.decoding import IMAGE_SUFFIXES, decode, decode_all
 from support.metrics import accuracy_scalars, confusion_matrix
 from support.runs import PRECISIONS, SIZES, is_unfinished
-from support.streams import reason_of
+from support.streams import out_of_memory, reason_of
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ def load_model(path, device: torch.device, restore: Callable | None = None, meth
         if probs.shape != (1, len(state["classes"])) or not probs.isfinite().all():
             raise ValueError("its outputs are no probabilities")
     except Exception as error:  # weights and arguments of any kind may stand in a file
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path}: the weights do not fit the arguments beside them ({reason_of(error)})") from None
     return state, predictor
 
@@ -101,6 +104,13 @@ def use_checkpoint(args, restore: Callable) -> int:
     return 0
 
 
+def make_empty(folder: Path) -> None:
+    """What is there is an evaluation or predictions, see `use_checkpoint`: two of these in one folder would mix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+
+
 def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) -> None:
     """Accuracy, mean class accuracy, a table per class and the confusion matrix on the evaluated split of --data."""
     args.size, known = state["args"]["size"], state["classes"]
@@ -120,7 +130,7 @@ def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) ->
         print(f"{name:{width}}  {f'{scalars[tag]:7.2%}' if tag in scalars else '      -'} of {sum(row):,}")
     print(f"{'accuracy':{width}}  {scalars['accuracy/test']:7.2%}")
     print(f"{'mean class accuracy':{width}}  {scalars['accuracy/test_mean_class']:7.2%}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_empty(folder)
     record = {"checkpoint": args.evaluate, "data": args.data, "root": str(args.root), "split": args.split}
     record |= {"images": len(labels), **scalars, "classes": list(index.classes), "confusion": table}
     text = json.dumps(record, indent=1) + "\n"
@@ -151,7 +161,7 @@ def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None
         shown = images[:32] if shown is None else shown
     probs = torch.cat(parts)
     captions = [f"{classes[p.argmax()]} {p.max():.2f}" for p in probs[: len(shown)]]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_empty(folder)
     title = "Predicted class and its probability"
     write_atomically(folder / "predictions.csv", lambda file: write_predictions(file, paths, probs, classes))
     sheet = figures.faces, shown, captions, ["black"] * len(shown), title

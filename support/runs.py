@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 from support import distributed, face_backbones, figures  # noqa: F401 - the second registers its networks
@@ -31,7 +32,7 @@ from support.metrics import (
     label_scalars,
     summary,
 )
-from support.streams import one_line, reason_of
+from support.streams import one_line, out_of_memory, reason_of
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line. The name of a script's file is the name of its method."""
 
     def __init__(self, file: str, doc: str):
-        super().__init__(Path(file).name, description=doc.split("\n\n")[0], formatter_class=HelpWithDefaults)
+        about = doc.split("\n\n")[0]
+        super().__init__(Path(file).name, description=about, formatter_class=HelpWithDefaults, allow_abbrev=False)
         self.method = Path(file).stem
 
     def error(self, message):
@@ -288,7 +290,7 @@ class Run:
         self.settings = {key: value for key, value in vars(args).items() if key not in ("preset", "argv")}
 
     def __enter__(self):
-        distributed.check_device(self.args.device)
+        distributed.take_device(self.args.device)
         keep_freed_memory()
         distributed.by_first(self.open_folder)
         return self
@@ -362,14 +364,14 @@ class Run:
                 raise UserError(f"--resume: {key} was {before.get(key)} in {self.folder} and is {now[key]} now; "
                                 "give the same arguments, or another --name")
 
-    def epochs(self, train: Split, test: Split, **parts):
+    def epochs(self, train: Split, test: Split, more_labels: Sequence[Tensor] = (), **parts):
         """Yield the epochs that are left to train, 1 .. --epochs; an interrupted run goes on after its last one.
 
-        parts: everything that changes while training, by name: modules, optimisers, schedulers (whatever has a
-        state_dict) and tensors, which are restored in place.
+        more_labels: int64 (N,), further label sets of the training set. parts: everything that changes while training,
+        by name: modules, optimisers, schedulers (whatever has a state_dict) and tensors, which are restored in place.
         """
         self.train, self.test, self.parts = train, test, parts
-        done, states = distributed.by_first(lambda: (self.begin(fingerprint(train, test)), self.states()))
+        done, states = distributed.by_first(lambda: (self.begin(fingerprint(train, test, more_labels)), self.states()))
         if not self.first:
             self.put_back(states)
             self.writer = NoWriter()
@@ -433,6 +435,8 @@ class Run:
                 raise ValueError(f"epoch {done} of {state['method']}")
             self.put_back(state)
         except Exception as error:  # modules and optimisers raise errors of many kinds
+            if out_of_memory(error):
+                raise
             why = reason_of(error)
             raise UserError(f"{path}: does not fit this script ({why}); --overwrite discards the run") from None
         lines = self.history()[:done]  # a line may be ahead of the checkpoint
@@ -455,7 +459,7 @@ class Run:
         if kind is FloatingPointError:
             last = f"{self.folder / 'last.pt'} (epoch {self.epoch - 1})" if self.epoch > 1 else "none"
             where = f"epoch {self.epoch}, {error}"
-            raise UserError(f"the loss is not finite in {where}; last good checkpoint: {last}") from None
+            raise UserError(f"loss or predictions are not finite in {where}; last good checkpoint: {last}") from None
 
     def close_folder(self) -> None:
         if self.writer:
@@ -489,15 +493,20 @@ class Run:
         """save_checkpoint, whose error on a full disk is an OSError as in any other file."""
         try:
             save_checkpoint(self.folder / name, method=self.args.method, **state)
-        except RuntimeError:  # torch's own writer has no other
+        except RuntimeError as error:  # torch's own writer has no other
+            if out_of_memory(error) or "CUDA" in str(error):
+                raise
             raise OSError(f"{name}: no space left?") from None
 
     def end_epoch(self, epoch: int, scalars: dict, probs: Tensor, labels: Tensor | None = None) -> None:
         """A line in metrics.jsonl and on the screen, scalars in TensorBoard, then last.pt.
 
         scalars: of the epoch, by tag; a list has a number, or None, for each class. probs: (N, C), of the evaluated
-        split. labels: int64 (N,), the current labels of the training set, of a method that changes them.
+        split. labels: int64 (N,), the current labels of the training set, of a method that changes them. Raises
+        FloatingPointError, before anything is written, for probs that are not finite.
         """
+        if not probs.isfinite().all():  # the last step has made weights of it whose loss was never computed
+            raise FloatingPointError("after the last step")
         if not self.first:
             return
         predicted = probs.argmax(1).cpu()
@@ -603,7 +612,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
-def fingerprint(train: Split, test: Split) -> dict[str, str]:
+def fingerprint(train: Split, test: Split, more_labels: Sequence[Tensor]) -> dict[str, str]:
     """What a resumed run must find again: a hash for each. Of very many images not all count, see `checksum`."""
 
     def digest(*things) -> str:
@@ -613,7 +622,7 @@ def fingerprint(train: Split, test: Split) -> dict[str, str]:
     return {
         "image names": digest(train.names, test.names),
         "classes": digest(train.classes, test.classes),
-        "given labels": digest(train.labels, test.labels),
+        "given labels": digest(train.labels, test.labels, *more_labels),
         "valence and arousal": digest(train.va, test.va),
         "images": digest(checksum(train.images), checksum(test.images)),
     }

@@ -26,9 +26,13 @@ def reason_of(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+# In plain RuntimeErrors of torch: of the CPU's allocator, of CUDA outside torch's allocator, of cuBLAS and cuDNN
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the device or here: torch raises a plain RuntimeError for the latter."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether memory ran out, on the device or here."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in NO_MEMORY)
 
 
 class Tolerant:

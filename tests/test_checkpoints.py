@@ -173,6 +173,23 @@ def test_overwrite_replaces_nothing_but_an_evaluation(stranger, scn_model, tmp_p
     assert {path.read_text() for path in folder.iterdir()} == {"precious"} and len(list(folder.iterdir())) == 3
 
 
+def test_overwrite_leaves_nothing_of_the_job_before(scn_model, tmp_path, monkeypatch):
+    folder, to = tmp_path / "out" / "mine", [*place(tmp_path), "--name", "mine", "--overwrite"]
+    save(picture(5, 32, 32), tmp_path / "face.png")
+    assert scn.main(["--evaluate", str(scn_model), *to]) == 0
+    (folder / "evaluation.json.tmp7").write_text("half")
+    assert scn.main(["--predict", str(scn_model), str(tmp_path / "face.png"), *to]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.csv", "predictions.png"]
+
+
+def test_a_full_device_is_not_taken_for_a_bad_checkpoint(scn_model, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(scn, "restore", fail)
+    assert "out of memory, a smaller" in error_line(scn.main, ["--evaluate", str(scn_model), *place(tmp_path)], capsys)
+
+
 def test_a_run_is_not_overwritten_by_its_own_evaluation(scn_model, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in scn_model.parent.iterdir()}
     flags = ["--out", str(scn_model.parent.parent), "--name", "scn", "--overwrite"]

@@ -194,10 +194,10 @@ def decisions() -> dict:
             pass
         for device in ("cuda:0", "cuda:1"):
             try:
-                distributed.check_device(device)
+                distributed.take_device(device)
             except UserError as error:
                 got[device] = str(error)
-        distributed.check_device("cpu")
+        distributed.take_device("cpu")
         next(iter(loader_of(8, 2).epoch(1)))
         return got | {"noise": torch.rand(1).item()}
 
@@ -354,6 +354,28 @@ def assert_same_run(one, two):
 def test_two_processes_are_one_with_the_batch_of_both(script, several, alone, folder):
     assert [result["status"] for result in several["exact", script]] == [0, 0]
     assert_same_run(alone(script), folder / f"{script}-whole-2")
+
+
+def test_a_process_takes_the_gpu_of_its_rank_unless_it_trains_on_the_cpu(monkeypatch):
+    taken, there = [], 2
+    processes = common.Processes()
+    processes.count, processes.local_rank = 2, 1
+    monkeypatch.setattr(common, "processes", processes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    distributed.take_device("cpu")
+    assert taken == []
+    distributed.take_device("auto")
+    distributed.take_device("cuda")
+    assert taken == [1, 1]
+    there = 1
+    with pytest.raises(UserError, match="no GPU for process 1: this machine has 1; --nproc-per-node 1 fits"):
+        distributed.take_device("cuda")
+    there = 0
+    distributed.take_device("auto")  # gloo on the CPU
+    processes.count, there = 1, 2
+    distributed.take_device("cuda")
+    assert taken == [1, 1]
 
 
 @pytest.mark.parametrize("script", ["cocuring", "scn"])

@@ -643,6 +643,28 @@ def test_machine_labels_go_from_affectnet_to_raf_and_back(raf, tmp_path, capsys)
     assert "label set 1:" in capsys.readouterr().out and "va/ccc_valence" in again
 
 
+def test_a_run_is_not_resumed_on_another_second_label_set(tiny, tmp_path, monkeypatch, capsys):
+    train, _, _ = load_sets(tmp_path)
+    files = [tmp_path / name for name in ("one.csv", "two.csv")]
+    for file in files:
+        write_labels(file, train.names, train.labels, train.classes)
+    flags = ["--noise-seed", "1", "--lambda", "0", "--epochs", "2", "--out", str(tmp_path), "--name", "run"]
+    flags = [*tiny, *SMALL, *flags, "--labels", *map(str, files)]
+    end_epoch = Run.end_epoch
+
+    def end(run, *arguments):
+        end_epoch(run, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_epoch", end)
+        assert jointgan.main(flags) == 130
+    write_labels(files[1], train.names, train.labels.roll(1), train.classes)
+    capsys.readouterr()
+    assert jointgan.main([*flags, "--resume"]) == 2
+    assert "these differ: given labels;" in capsys.readouterr().err
+
+
 def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
     check_resume(jointgan.main, [*tiny, *SMALL, "--va-noise", "0.1"], tmp_path, monkeypatch)
 

@@ -212,6 +212,11 @@ def test_help_and_the_line_at_start_show_the_values_in_force(method, flags):
     assert ("(default: on)" in shown["--oversample"]) == (data == "affectnet")
 
 
+def test_flags_are_not_abbreviated(capsys):
+    scn = importlib.import_module("scn")
+    assert scn.main(["--hel"]) == 2 and "unrecognized arguments: --hel" in error_line(capsys)
+
+
 def test_help_shows_what_a_flag_beside_it_changes():
     ncctfer = importlib.import_module("ncctfer")
     assert "(default: least)" in help_of(ncctfer.main, "--single-head")["--mask"]
@@ -604,11 +609,18 @@ def test_all_that_differs_is_named_and_the_test_split_counts(script, unfinished,
 @pytest.mark.parametrize("what", ("images", "valence and arousal"))
 def test_another_test_split_is_not_resumed_on(what, script, unfinished, tmp_path, capsys):
     train, test = make_data()
-    changes = {"images": dict(images=255 - test.images), "valence and arousal": dict(va=torch.zeros(len(test.names), 2))}
+    changes = {"images": dict(images=255 - test.images), "valence and arousal": dict(va=torch.zeros(6, 2))}
     script.load = lambda: (train, dataclasses.replace(test, **changes[what]))
     capsys.readouterr()
     assert script(tmp_path, "--resume") == 2
     assert f"these differ: {what};" in error_line(capsys)
+
+
+def test_further_label_sets_count():
+    data = make_data()
+    sets = [data[0].clean, data[0].clean.flip(0)]
+    prints = [runs.fingerprint(*data, more) for more in ([], sets[:1], sets, sets[::-1])]
+    assert len({one.pop("given labels") for one in prints}) == 4 and prints == [prints[0]] * 4
 
 
 @pytest.mark.parametrize("fingerprint", [None, 3, {}, {"images": 1}])
@@ -777,6 +789,43 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(script, tmp_pa
         assert script(tmp_path, name=f"run{epoch}") == 2
         error = error_line(capsys)
         assert f"epoch {epoch}, step 7 of 9" in error and error.endswith(last)
+
+
+def test_a_network_that_the_last_step_has_spoilt_is_not_saved(script, unfinished, tmp_path, monkeypatch, capsys):
+    before = {name: (unfinished / name).read_bytes() for name in ("last.pt", "metrics.jsonl")}
+    softmax = torch.Tensor.softmax  # the loss of the step does not pass through it
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda z, dim: torch.where(z == z.min(), torch.nan, softmax(z, dim)))
+    capsys.readouterr()
+    assert script(tmp_path, "--resume") == 2
+    error = error_line(capsys)
+    assert "not finite in epoch 3, after the last step" in error and error.endswith("last.pt (epoch 2)")
+    assert {name: (unfinished / name).read_bytes() for name in before} == before
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+@pytest.mark.parametrize("place", ("torch.optim.SGD.load_state_dict", "torch.save"))
+def test_a_full_device_is_not_taken_for_a_bad_checkpoint_or_a_full_disk(
+    place, error, script, unfinished, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    capsys.readouterr()
+    assert script(tmp_path, "--resume") == 2
+    assert "out of memory, a smaller --batch-size" in error_line(capsys)
+
+
+def test_another_error_of_the_device_is_not_taken_for_a_full_disk(script, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        script(tmp_path)
 
 
 def full(*_, **how):
