@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support import datasets  # noqa: E402 - found through the line above
+from support.decoding import decode  # noqa: E402
 from support.distributed import reports_errors  # noqa: E402
 from support.figures import faces, generate_faces, new_figure  # noqa: E402
 from support.label_sets import class_va, load_label_sets  # noqa: E402
@@ -227,7 +228,7 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     for row, counted in zip(rows[:count], counts):
         said = sorted(zip(counted.tolist(), [*classes, "unknown", "no face"]), reverse=True)[:2]
         captions.append(f"{row['given']} {row['score'][:4]}\n" + ", ".join(f"{name} {n}" for n, name in said if n))
-    images = np.stack([datasets.decode(sources[i], (48, 48), grey=True) for i in found[:count]])
+    images = np.stack([decode(sources[i], (48, 48), grey=True) for i in found[:count]])
     title = f"{folder.name}: the most suspicious labels, given label and score, then the two most frequent votes"
     return faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
 

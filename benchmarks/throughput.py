@@ -18,6 +18,7 @@ first step is not timed.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import ctypes
@@ -115,17 +116,21 @@ def single_transforms(loader: common.Loader) -> list:
     return [T.Compose([*start, T.RandomCrop(size, 4), *more, *end]) for more in ([], [T.RandAugment(2, 10)])]
 
 
+WORKERS = min(os.cpu_count(), 16)
+PREPARED = 2 * WORKERS  # batches that they have ready while nobody asks: these cost no time, and are not timed
+
+
 def worker_batches(dataset: Single, batch_size: int, device):
-    """Batches of a DataLoader on the device, shuffled, without end."""
-    workers = min(os.cpu_count(), 16)
-    while True:
-        loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True,
-                                             pin_memory=device.type == "cuda")
-        for views, index in loader:
-            if isinstance(views, list):
-                yield [view.to(device, non_blocking=True) for view in views], index
-            else:
-                yield views.to(device, non_blocking=True), index
+    """Batches of a DataLoader on the device, in random order, without end."""
+    order = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=2**40)
+    how = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", prefetch_factor=2)
+    if os.name == "posix":  # other ways to start a process cannot pass a function on
+        how["multiprocessing_context"] = "fork"
+    for views, index in torch.utils.data.DataLoader(dataset, batch_size, sampler=order, **how):
+        if isinstance(views, list):
+            yield [view.to(device, non_blocking=True) for view in views], index
+        else:
+            yield views.to(device, non_blocking=True), index
 
 
 class Undecoded:
@@ -224,8 +229,8 @@ class Task:
                         single_transforms(self.loader))
         return worker_batches(single, self.batch_size, self.device)
 
-    def measure(self, batches, steps: int) -> tuple[float, int]:
-        """Seconds and images of `steps` steps, after one that is not timed."""
+    def measure(self, batches, steps: int, skip: int = 0) -> tuple[float, int]:
+        """Seconds and images of `steps` steps, after one that is not timed; skip: batches in between, not used."""
         began, images, weight = 0.0, 0, self.optimizers[0].param_groups[0]["params"][0]
 
         def timed():
@@ -238,6 +243,7 @@ class Task:
                 if self.reference:
                     weight.flatten()[0].item()
                 if k == 0:
+                    collections.deque(itertools.islice(batches, skip), 0)
                     began = wait(self.device)
                 else:
                     images += len(index)
@@ -326,7 +332,8 @@ class Peak:
             if self.status.exists():
                 with contextlib.suppress(AttributeError, OSError):  # freed memory that is kept would count as taken
                     ctypes.CDLL(None).malloc_trim(0)
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+                with contextlib.suppress(OSError):  # the peak starts anew; not in every container
+                    Path("/proc/self/clear_refs").write_text("5")
             self.before = self.process("VmRSS")
         return self
 
@@ -370,7 +377,7 @@ class Bench:
         count = min(self.options.images, batch_size * (self.options.steps + 3))
         argv = [*self.data(count), "--size", str(size), "--batch-size", str(batch_size), "--warm-up", "0",
                 "--device", self.options.device, "--out", str(self.folder / "runs"), "--name", f"run{self.made}",
-                "--oversample" if batch_size > count else "--no-oversample", *flags]
+                "--no-oversample", *flags]
         self.made += 1
         task = Task(method, argv, **settings)
         index = read_index(task.flags, "train")
@@ -390,42 +397,53 @@ class Bench:
         return {
             "synthetic": lambda: task.measure(task.synthetic_batches(), steps),
             "loader": lambda: task.measure(task.own_batches(), steps),
-            "reference": lambda: reference.measure(reference.reference_batches(reference.sources), steps),
+            "reference": lambda: reference.measure(
+                reference.reference_batches(reference.sources), max(steps, PREPARED), PREPARED),
         }
 
     def methods(self):
         for size, method in itertools.product(self.options.sizes, self.options.methods):
-            batch_size, task, reference = self.options.batch_sizes[0], None, None  # frees those of the row before
-            with Peak(self.device) as peak:
-                task = self.task(method, size, batch_size)
-                seconds, _ = task.measure(task.own_batches(), 1)
-            if seconds > self.options.longest:
-                print(f"{method}.py, {task.flags.size} px: {seconds:.0f} s a step, left out (--longest)")
+            try:
+                row = self.method(size, method)
+            except torch.OutOfMemoryError:
+                print(f"{method}.py, {size} px: out of memory, left out")
                 continue
-            reference = self.task(method, size, batch_size, "--precision", "fp32", reference=True)
-            row = {"method": method, "size": task.flags.size, "batch": batch_size, "peak": peak.bytes}
-            row |= {"kinds": compare(self.sources_of(task, reference), self.options.rounds)}
-            row["share"] = operations(task) * row["kinds"]["loader"]["images/s"] / self.rate
-            yield row
+            if row is not None:
+                yield row
+
+    def method(self, size: int, method: str) -> dict | None:
+        """A row of `methods`; None for a step that takes too long."""
+        batch_size = self.options.batch_sizes[0]
+        with Peak(self.device) as peak:
+            task = self.task(method, size, batch_size)
+            seconds, _ = task.measure(task.own_batches(), 1)
+        if seconds > self.options.longest:
+            print(f"{method}.py, {task.flags.size} px: {seconds:.0f} s a step, left out (--longest)")
+            return None
+        reference = self.task(method, size, batch_size, "--precision", "fp32", reference=True)
+        row = {"method": method, "size": task.flags.size, "batch": batch_size, "peak": peak.bytes}
+        row |= {"kinds": compare(self.sources_of(task, reference), self.options.rounds)}
+        return row | {"share": operations(task) * row["kinds"]["loader"]["images/s"] / self.rate}
 
     def loaders(self):
         """The data path alone: batches that nobody trains on."""
         for size in self.options.sizes:
             task = self.task("scn", size, self.options.batch_sizes[0])
 
-            def consume(make, task=task):
+            def consume(make, steps, skip=0, task=task):
                 batches, images = make(), 0
-                next(batches)
+                collections.deque(itertools.islice(batches, 1 + skip), 0)
                 began = wait(self.device)
-                for _, index in itertools.islice(batches, self.options.steps):
+                for _, index in itertools.islice(batches, steps):
                     images += len(index)
                 seconds = wait(self.device) - began
                 batches.close()
                 return seconds, images
 
             kinds = {
-                "loader": lambda task=task, consume=consume: consume(task.own_batches),
-                "reference": lambda task=task, consume=consume: consume(lambda: task.reference_batches(task.sources)),
+                "loader": lambda task=task, consume=consume: consume(task.own_batches, self.options.steps),
+                "reference": lambda task=task, consume=consume: consume(
+                    lambda: task.reference_batches(task.sources), max(self.options.steps, PREPARED), PREPARED),
             }
             yield {"size": size, "batch": task.batch_size, "kinds": compare(kinds, self.options.rounds)}
 
@@ -446,7 +464,7 @@ class Bench:
             "without the cache: decoded for each batch": lambda: task.measure(task.own_batches(undecoded), steps),
             "images streamed to the device": lambda: task.measure(task.own_batches(mapped), steps),
             "augmented one by one in workers": lambda: task.measure(
-                worker_batches(one_by_one, batch_size, self.device), steps),
+                worker_batches(one_by_one, batch_size, self.device), max(steps, PREPARED), PREPARED),
             "float32": lambda: plain.measure(plain.own_batches(), steps),
             "PyTorch's own memory layout": lambda: layout.measure(layout.own_batches(), steps),
             "optimiser not fused": lambda: single.measure(single.own_batches(), steps),
@@ -742,13 +760,17 @@ def main(argv=None) -> int:
         record |= {"rounds": options.rounds, "steps": options.steps}
         for section in options.only:
             began, rows = time.perf_counter(), record["sections"].setdefault(section, [])
-            for row in getattr(bench, section)():
-                rows.append(row)
-                of = [str(row[key]) for key in ("method", "command", "size", "batch", "images") if key in row]
-                print(f"{section}, {' '.join(of)}: after {time.perf_counter() - began:.0f} s", flush=True)
+            try:
+                for row in getattr(bench, section)():
+                    rows.append(row)
+                    text = json.dumps(record, indent=1) + "\n"  # an error in hours of measuring loses nothing
+                    common.write_atomically(f"{options.out}.json", lambda path: path.write_text(text))
+                    of = [str(row[key]) for key in ("method", "command", "size", "batch", "images") if key in row]
+                    print(f"{section}, {' '.join(of)}: after {time.perf_counter() - began:.0f} s", flush=True)
+            except torch.OutOfMemoryError:
+                print(f"{section}: out of memory, the rest of it is left out")
     print("\n" + "\n".join(page_of(record)))
     out = Path(options.out)
-    common.write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     picture_of(record).savefig(f"{out}.png", dpi=80)
     print(f"{out}.json and {out}.png written")
     return 0

@@ -72,7 +72,7 @@ def test_a_suite_makes_its_label_files_once_and_trains_on_them(suite, tmp_path, 
     made = "inject_noise.py --data toy --noise 0.4 --output machine-x.csv"  # fails where the file exists
     what = compare.SUITES["small"]
     flags = what["flags"].replace("--noise 0.4", "") + " --labels machine-x.csv"
-    monkeypatch.setitem(compare.SUITES, "small", what | {"before": [made], "flags": flags})
+    monkeypatch.setitem(compare.SUITES, "small", what | {"before": {"machine-x.csv": made}, "flags": flags})
     assert compare.main([*suite, "--rows", "scn"]) == 0
     run = tmp_path / "runs" / "small"
     given = dict(line.split(",")[:2] for line in (run / "scn-s1" / "labels.csv").read_text().splitlines()[1:])
@@ -80,6 +80,17 @@ def test_a_suite_makes_its_label_files_once_and_trains_on_them(suite, tmp_path, 
     record = json.loads((tmp_path / "results" / "small" / "scn-s1.json").read_text())
     assert "--labels machine-x.csv" in record["command"]
     assert f"- first `python {made}`" in (tmp_path / "docs" / "records.md").read_text()
+
+
+def test_commands_before_go_on_where_they_stopped_and_a_failure_ends_all(suite, tmp_path, monkeypatch, capfd):
+    first = "inject_noise.py --data toy --noise 0.4 --output machine-a.csv"  # fails where the file exists
+    second = "inject_noise.py --data toy --noise 2 --output machine-b.csv"
+    before = {"machine-a.csv": first, "machine-b.csv": second}
+    monkeypatch.setitem(compare.SUITES, "small", compare.SUITES["small"] | {"before": before})
+    assert compare.main([*suite, "--rows", "scn"]) == 2 and "--noise: 2 is outside" in capfd.readouterr().err
+    before["machine-b.csv"] = second.replace("--noise 2", "--noise 0.2")
+    assert compare.main([*suite, "--rows", "scn"]) == 0
+    assert (tmp_path / "runs" / "small" / "machine-b.csv").exists()
 
 
 def test_suites_of_one_data_set_share_a_table(monkeypatch, tmp_path):
@@ -130,8 +141,7 @@ def test_compare_goes_on_with_an_interrupted_run(suite, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "finish", stop)
-        with pytest.raises(SystemExit):
-            compare.main([*suite, "--seeds", "1"])
+        assert compare.main([*suite, "--seeds", "1"]) == 130
     assert not (tmp_path / "results").exists()
     assert compare.main([*suite, "--seeds", "1"]) == 0
     assert json.loads((tmp_path / "results" / "small" / "scn-s1.json").read_text())["seed"] == 1

@@ -11,6 +11,7 @@ import torch
 from conftest import Tiny
 
 import common
+from common import UserError
 
 PATH = Path(common.__file__).parent / "benchmarks" / "throughput.py"
 spec = importlib.util.spec_from_file_location("throughput", PATH)
@@ -53,7 +54,8 @@ def test_each_script_is_timed_with_its_own_loop_and_three_sources(method, bench)
     reference = bench.task(method, 32, 8, "--precision", "fp32", reference=True)
     for name, run in bench.sources_of(task, reference).items():
         seconds, images = run()
-        assert seconds > 0 and images == 16, name  # two steps of eight; the one before them does not count
+        steps = throughput.PREPARED if name == "reference" else 2
+        assert seconds > 0 and images == 8 * steps, name  # of eight; the one before them does not count
     parts = [part for a in reference.args for part in (a if isinstance(a, (list, tuple)) else [a])]
     networks = [part for part in parts if isinstance(part, torch.nn.Module)]
     assert networks and all(p.is_contiguous() for network in networks for p in network.parameters())
@@ -128,7 +130,23 @@ def test_the_reference_has_workers_and_their_augmentation(bench, monkeypatch):
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", remember)
     next(task.reference_batches(task.sources))
-    assert made[0]["num_workers"] >= 1 and made[0]["shuffle"]
+    assert made[0]["num_workers"] >= 1 and isinstance(made[0]["sampler"], torch.utils.data.RandomSampler)
+
+
+def test_batches_that_were_prepared_before_are_not_timed(bench):
+    """Workers of 0.05 s an image make 20 images a second each, however many batches wait when the time begins."""
+    task = bench.task("scn", 32, 4)
+
+    def train(batches):
+        for step, _ in enumerate(batches):
+            if step == 0:
+                time.sleep(0.6)  # the workers prepare what they may
+
+    task.train, task.options, task.args = train, {}, (task.own_batches(),)
+    single = throughput.Single(48, lambda i: time.sleep(0.05) or torch.zeros(3, 32, 32), [lambda image: image])
+    steps = throughput.PREPARED
+    seconds, images = task.measure(throughput.worker_batches(single, 4, CPU), steps, throughput.PREPARED)
+    assert images == 4 * steps and seconds > 0.05 * images / throughput.WORKERS * 0.7
 
 
 def test_operations_are_those_of_the_network(bench):
@@ -193,6 +211,28 @@ def test_a_run_writes_a_record_and_a_picture_and_the_page_shows_it(tmp_path, mon
     assert throughput.main(["--write"]) == 0 and page.read_text() == before
     page.write_text("no marks\n")
     assert throughput.main(["--write"]) == 2 and "speed.md" in capsys.readouterr().err
+
+
+def test_an_error_loses_nothing_that_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(common.BACKBONES, "resnet18", Tiny)
+    honest = throughput.Bench.task
+
+    def task(bench, method, size, batch_size, *flags, **settings):
+        if batch_size == 8:
+            raise error
+        return honest(bench, method, size, batch_size, *flags, **settings)
+
+    monkeypatch.setattr(throughput.Bench, "task", task)
+    flags = [*SMALL, "--only", "batches", "switches", "methods", "--methods", "scn", "--out", str(tmp_path / "here")]
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    assert throughput.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "switches: out of memory" in said and "scn.py, 32 px: out of memory, left out" in said
+    first = json.loads((tmp_path / "here.json").read_text())["sections"]["batches"]
+    (tmp_path / "here.json").unlink()
+    error = UserError("another error")
+    assert throughput.main(flags) == 2
+    assert len(json.loads((tmp_path / "here.json").read_text())["sections"]["batches"]) == len(first) == 1
 
 
 def test_a_method_whose_step_takes_too_long_is_left_out(bench, capsys):
