@@ -1,7 +1,7 @@
 """Write a noisy label file for the training images of a data set.
 
-The labels are those that `--noise RATE --noise-type TYPE --noise-seed SEED` gives in every script, so a file fixes them
-for other people and other programs; the scripts read it with --labels.
+The labels are those that `--noise RATE --noise-type TYPE --noise-seed SEED` gives in every script that trains on all
+training images, so a file fixes them for other people and other programs; the scripts read it with --labels.
 
     python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
     python inject_noise.py --data raf --noise 0.1 0.2 0.3 --seed 1            # three files, one for each rate
@@ -53,8 +53,8 @@ def parse_args(argv=None):
     check_data_args(args, parser)
     if args.vote and len(args.noise) < 2:
         parser.error("--vote: the majority of several label sets, it needs several rates of --noise")
-    if not args.vote and len(set(args.noise)) < len(args.noise):
-        parser.error("--noise: the same rate twice; each rate gives one file")
+    if not args.vote and len({f"{rate:g}" for rate in args.noise}) < len(args.noise):
+        parser.error("--noise: the same rate twice, to six digits; each rate gives one file")
     if args.output and (Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir()):
         parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
     return args
@@ -142,7 +142,6 @@ def main(argv=None) -> int:
         for file in (output, note, *([va_output] if args.from_checkpoint else [])):
             if file.exists() and not args.overwrite:
                 raise UserError(f"{file} is there already: --overwrite replaces it, --output FILE writes another")
-    rates = args.noise
     index, own, _ = load_train_index(argparse.Namespace(**vars(args) | {"noise": 0}))
     if args.from_checkpoint:
         labels, va = machine_labels(index, args)
@@ -150,10 +149,10 @@ def main(argv=None) -> int:
         return 0
     if args.vote:
         voted = majority_vote(noisy_sets(own, index.classes, args), len(index.classes))
-        how = {"vote": rates, "type": args.noise_type, "seed": args.noise_seed}
+        how = {"vote": args.noise, "type": args.noise_type, "seed": args.noise_seed}
         write_files(outputs[0], index, voted, own, None, how, args)
         return 0
-    for rate, output in zip(rates, outputs):
+    for rate, output in zip(args.noise, outputs):
         noisy = inject(own, index.classes, rate, args.noise_type, args.noise_seed)
         how = {"rate": rate, "type": args.noise_type, "seed": args.noise_seed}
         write_files(output, index, noisy, own, None, how, args)

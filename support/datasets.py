@@ -21,7 +21,6 @@ from support.decoding import (
     as_int,
     check_names,
     csv_rows,
-    decode,  # noqa: F401 - is taken from here
     decode_all,
     in_threads,
     list_folder,
@@ -427,7 +426,7 @@ def read_affectnet_csv(root: Path, table: Path, data: str, automatic: bool) -> t
 
 def read_affectnet_npy(annotations: Path) -> tuple[list[str], list, np.ndarray]:
     """Names, sources and (expression, valence, arousal), float64 (N, 3), of a split of the npy release."""
-    found = (path.name.removesuffix("_exp.npy") for path in annotations.glob("*_exp.npy"))
+    found = (path.name.removesuffix("_exp.npy") for path in annotations.glob("[!.]*_exp.npy"))
     numbers = sorted(found, key=lambda number: (len(number), number))
 
     def read(number):
@@ -497,8 +496,6 @@ def read_index(args, split: str) -> Index:
         index = keep_classes(index, args)
     if not index.names:
         raise UserError(f"--data {args.data}: {root} has no {split} images")
-    if split == "train" and len(set(index.labels)) < 2:
-        raise UserError(f"--data {args.data}: the training images of {root} have fewer than two classes")
     return index
 
 
@@ -519,7 +516,7 @@ def keep_classes(index: Index, args) -> Index:
 
 def stratified(labels: list[int], count: int, generator) -> list[int]:
     """Sorted positions of `count` samples, drawn from each class in proportion (largest remainders)."""
-    labels = torch.tensor(labels)
+    labels = torch.tensor(labels, dtype=torch.int64)
     sizes = torch.bincount(labels)
     exact = sizes * count / len(labels)
     quota = exact.long()
@@ -539,12 +536,15 @@ def load_train_index(args) -> tuple[Index, Tensor, Tensor | None]:
         index = index.take(stratified(index.labels, args.limit, generator_of("limit")))
     elif args.limit and args.limit > len(index.names):
         raise UserError(f"--limit {args.limit}: there are only {len(index.names)} training images")
-    own = torch.tensor(index.labels)
+    own = labels = torch.tensor(index.labels)
     if args.labels:
-        return index, read_labels(args.labels, index), own
-    if args.noise:
-        return index, inject(own, index.classes, args.noise, args.noise_type, args.noise_seed), own
-    return index, own, None
+        labels = read_labels(args.labels, index)
+    elif args.noise:
+        labels = inject(own, index.classes, args.noise, args.noise_type, args.noise_seed)
+    if len(labels.unique()) < 2:
+        what = args.labels or f"the training images of {args.root}"
+        raise UserError(f"--data {args.data}: {what} have fewer than two classes")
+    return index, labels, None if labels is own else own
 
 
 def load_data(args) -> tuple[Split, Split]:
@@ -554,8 +554,6 @@ def load_data(args) -> tuple[Split, Split]:
     """
     index, labels, clean = load_train_index(args)
     test = read_index(args, args.split)
-    if test.classes != index.classes:
-        raise UserError(f"the classes of the training and the {args.split} images differ")
     va = [None if i.va is None else torch.from_numpy(i.va) for i in (index, test)]
     train = Split(decode_all(index, args, "train"), labels, clean, va[0], index.names, index.classes)
     test = Split(decode_all(test, args, args.split), torch.tensor(test.labels), None, va[1], test.names, test.classes)
@@ -683,16 +681,16 @@ def read_labels(path, index: Index) -> Tensor:
         own = set(index.names)
         rows = [(n, name, int(value)) for n, name, [value] in affectnet_rows(path, "expression") if name in own]
     else:
-        rows, header = read_rows(path)
+        rows, _ = read_rows(path)
+        if not rows:
+            raise UserError(f"{path}: no labels in it")
         # A class may be named by a number; then numbers are names, whatever they count from.
-        named = any(name.isdecimal() for name in index.classes) or not rows or not re.fullmatch(r"-?\d+", rows[0][2])
+        named = any(name.isdecimal() for name in index.classes) or not re.fullmatch(r"-?\d+", rows[0][2])
         if named:
             codes, rows = by_name, [(n, name, canonical(text)) for n, name, text in rows]
         else:
             rows, base = numbered(rows, path, len(index.classes))
             codes = {base + label: label for label in range(len(index.classes))}
-    if not rows:
-        raise UserError(f"{path}: no labels in it")
     for line_number, _, value in rows:
         if value not in codes:
             known = ", ".join(index.classes)
@@ -764,12 +762,17 @@ def write_labels(path, names: list[str], labels: Tensor, classes: tuple[str, ...
     """Write a noisy label file: "csv", `name,label` with class names, or "list", RAF-DB's "name label" counted from 1.
 
     Where a class has a number for a name, a list has the names: that is what `read_labels` takes numbers for then.
+    Raises UserError for a list of names with blanks, which could not be read back.
     """
+    numbered = any(map(str.isdecimal, classes))
+    blank = [name for name in classes if " " in name]
+    if style == "list" and numbered and blank:
+        raise UserError(f"{path}: a list of names cannot hold the class {blank[0]!r}; csv can")
 
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             if style == "list":
-                numbers = classes if any(map(str.isdecimal, classes)) else range(1, len(classes) + 1)
+                numbers = classes if numbered else range(1, len(classes) + 1)
                 file.writelines(f"{name} {numbers[label]}\n" for name, label in zip(names, labels.tolist()))
             else:
                 rows = csv.writer(file, lineterminator="\n")

@@ -118,7 +118,11 @@ def read_npy(path) -> float:
     """The one number, or string of a number, in an npy file."""
     with reading(path, "an npy file with one number"):
         stat_regular(path)
-        return as_float(str(np.load(path, allow_pickle=False).item()))
+        try:
+            value = np.load(path, allow_pickle=False)
+        except ValueError:  # whose text says how to run what is in the file
+            raise ValueError("not an array of numbers or strings") from None
+        return as_float(str(value.item()))
 
 
 def once(rows, path, key=str) -> list:
@@ -330,6 +334,8 @@ def decode(source, size: tuple[int, int], grey: bool) -> np.ndarray:
             if deep.min() < 0 or deep.max() >= 2**16:
                 raise ValueError("grey values of more than 16 bits")
             image = Image.fromarray((deep >> 8).astype(np.uint8))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns of the direct way
         image = image.convert("L" if grey else "RGB")
         if image.size != size:
             image = image.resize(size, Image.BILINEAR)  # Pillow's filter widens when it shrinks: no aliasing

@@ -49,8 +49,9 @@ def majority_vote(label_sets: list[Tensor], num_classes: int) -> Tensor:
 
     So the authors of the joint-distribution GAN break ties (Table 1, "major vote").
     """
-    count = len(label_sets)
-    votes = sum(F.one_hot(labels, num_classes) * (count**2 + count - t) for t, labels in enumerate(label_sets))
+    votes = sum(F.one_hot(labels, num_classes) for labels in label_sets) << len(label_sets)
+    for t, labels in enumerate(reversed(label_sets)):  # all together less than a vote
+        votes += F.one_hot(labels, num_classes) << t
     return votes.argmax(1)
 
 

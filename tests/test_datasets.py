@@ -128,7 +128,17 @@ def test_raf_may_count_from_0(tmp_path, raf):
 
 
 @pytest.mark.parametrize(
-    "change", ["list_partition_label.txt", "crlf", "blank lines", "aligned names", "in basic", "inside basic"]
+    "change",
+    [
+        "list_partition_label.txt",
+        "crlf",
+        "blank lines",
+        "aligned names",
+        "names of the files",
+        "in basic",
+        "inside basic",
+        "root list",
+    ],
 )
 def test_raf_variants_are_read(change, raf):
     wanted = datasets.read_raf(raf, "test")
@@ -142,6 +152,12 @@ def test_raf_variants_are_read(change, raf):
         listing.write_text("\n" + text.replace("\n", "\n\n"))
     elif change == "aligned names":
         listing.write_text(text.replace(".jpg", "_aligned.jpg"))
+    elif change == "names of the files":  # without "_aligned"
+        for path in (raf / "Image" / "aligned").iterdir():
+            path.rename(path.with_name(path.name.replace("_aligned", "")))
+    elif change == "root list":
+        listing.rename(raf / listing.name)
+        listing.parent.rmdir()
     else:
         root = raf.with_name("outer")
         root.mkdir()
@@ -149,6 +165,13 @@ def test_raf_variants_are_read(change, raf):
         root = root / "basic" if change == "inside basic" else root
     index = datasets.read_raf(root, "test")
     assert index.labels == wanted.labels and all(source.is_file() for source in index.sources)
+
+
+def test_an_empty_folder_beside_those_of_the_labels_is_no_error(tmp_path):
+    root = build_raf_kaggle(tmp_path / "kaggle", tables=False)
+    before = named(datasets.read_raf(root, "train"))
+    (root / "DATASET" / "train" / "notes").mkdir()
+    assert named(datasets.read_raf(root, "train")) == before
 
 
 @pytest.mark.parametrize("tables", [True, False])
@@ -599,6 +622,21 @@ def test_folder_split_without_images_is_named(tmp_path, arguments):
         load_data(arguments("folder", root))
 
 
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_a_training_list_without_images_is_refused(split, tmp_path, arguments):
+    for name in ("train", "test"):
+        (tmp_path / "data" / "DATASET" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="data has no train images"):
+        load_data(arguments("raf", tmp_path / "data", "--split", split))
+
+
+def test_a_limit_that_leaves_one_class_is_refused(tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data", ("happy",), 40)
+    build_folder_splits(root, ("sad",), 4)
+    with pytest.raises(UserError, match="fewer than two classes"):
+        load_data(arguments("folder", root, "--limit", "2", "--batch-size", "2"))
+
+
 def test_training_images_of_one_class_are_refused(tmp_path, arguments):
     rows = [row for row in raf_rows() if row[0].startswith("test") or row[1] == 7]
     with pytest.raises(UserError, match=f"{tmp_path}.*fewer than two classes"):
@@ -676,6 +714,44 @@ def test_affectnet_without_contempt_and_its_automatic_part(tmp_path, arguments):
     assert automatic.names[0] == "0/200.jpg" and test.names[0] == "0/100.jpg"
     assert arguments("affectnet-auto", root).oversample and not arguments("raf").oversample
     assert not arguments("affectnet-auto", root, "--no-oversample").oversample
+
+
+@pytest.mark.parametrize("inner", ["Manually_Annotated/Manually_Annotated_Images", "Manually_Annotated"])
+def test_affectnet_as_its_archives_unpack(inner, tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    wanted, _ = load_data(arguments("affectnet", root))
+    lists = root / "Manually_Annotated_file_lists"
+    lists.mkdir()
+    for name in ("training.csv", "validation.csv"):
+        (root / name).rename(lists / name)
+    (root / inner).parent.mkdir(exist_ok=True)
+    (root / "Manually_Annotated_Images").rename(root / inner)
+    found, test = load_data(arguments("affectnet", root))
+    assert found.names == wanted.names and torch.equal(found.images, wanted.images) and len(test.labels) == 8
+
+
+def test_a_face_box_is_rounded_to_whole_pixels(tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    wanted, _ = load_data(arguments("affectnet", root))
+    text = (root / "training.csv").read_text()
+    (root / "training.csv").write_text(text.replace(",10,5,32,32,", ",9.6,4.7,31.8,32.3,"))
+    assert torch.equal(load_data(arguments("affectnet", root))[0].images, wanted.images)
+
+
+def test_a_changed_face_box_is_cropped_again(tmp_path, arguments):
+    root = build_affectnet(tmp_path / "data")
+    before, _ = load_data(arguments("affectnet", root))
+    text = (root / "training.csv").read_text()
+    (root / "training.csv").write_text(text.replace("0/0.jpg,10,5,32,32", "0/0.jpg,0,0,32,32"))
+    after, _ = load_data(arguments("affectnet", root))
+    assert (before.images != after.images).flatten(1).any(1).tolist() == [True] + [False] * 23
+
+
+def test_images_of_the_npy_release_stand_in_the_order_of_their_numbers_and_hidden_files_are_none(tmp_path, arguments):
+    root = build_affectnet_npy(tmp_path / "data")
+    (root / "train_set" / "annotations" / "._0_exp.npy").write_bytes(b"of another system")
+    train, _ = load_data(arguments("affectnet", root))
+    assert [Path(name).stem for name in train.names] == [str(number) for number in range(24)]
 
 
 def test_a_face_box_is_cut_at_the_image_and_must_meet_it(tmp_path, arguments):

@@ -281,9 +281,9 @@ def test_class_names_of_cifar10_that_are_odd_are_refused(names, tmp_path, argume
 def test_pickled_npy_files_are_refused_and_not_run(tmp_path):
     mark = tmp_path / "mark"
     np.save(tmp_path / "0_exp.npy", np.array(Call(os.system, f"touch {mark}"), dtype=object))
-    with pytest.raises(UserError, match="0_exp.npy: could not be read as an npy file with one number"):
+    with pytest.raises(UserError, match="0_exp.npy: could not be read as an npy file with one number") as refused:
         decoding.read_npy(tmp_path / "0_exp.npy")
-    assert not mark.exists()
+    assert not mark.exists() and "allow_pickle" not in str(refused.value)  # no word of how to run it
 
 
 @pytest.mark.parametrize("value", [np.zeros(2), np.array("six"), np.array("1_0"), np.array(np.nan), np.zeros(0)])
@@ -424,6 +424,14 @@ def test_other_colour_modes_are_converted(mode, tmp_path):
     save(picture(1, 20, 20).convert(mode), tmp_path / "a.png")
     assert decoding.decode(tmp_path / "a.png", (20, 20), False).shape == (3, 20, 20)
     assert decoding.decode(tmp_path / "a.png", (20, 20), True).shape == (1, 20, 20)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_decoded_without_a_warning(tmp_path):
+    image = picture(1, 20, 20).convert("P")
+    save(image, tmp_path / "a.png", transparency=bytes(range(256)))
+    found = decoding.decode(tmp_path / "a.png", (20, 20), False)
+    assert np.array_equal(found, np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("orientation, side", [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")])

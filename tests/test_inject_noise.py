@@ -17,7 +17,7 @@ from support.datasets import (
     read_va,
 )
 from support.inference import load_model
-from support.label_sets import load_label_sets
+from support.label_sets import load_label_sets, majority_vote
 
 import numpy as np
 import pytest
@@ -102,6 +102,13 @@ def test_nothing_is_written_where_one_of_several_files_is_there(raf, tmp_path, c
     assert (tmp_path / "x-0.5.json").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "votes, winner", [([5, 2, 2, 5], 5), ([5, 2, 2, 3, 5], 5), ([6, 2, 2, 5, 5], 2), ([1, 1, 0, 0, 0], 0), ([4], 4)]
+)
+def test_ties_go_to_the_first_set(votes, winner):
+    assert majority_vote([torch.tensor([vote]) for vote in votes], 7).tolist() == [winner]
+
+
 @pytest.mark.parametrize("rates", [("0.25", "0.5", "0.75"), ("0.5", "0.5")])
 def test_a_vote_is_the_majority_of_the_label_sets_that_jointgan_has(rates, raf, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
@@ -124,6 +131,7 @@ def test_a_vote_is_the_majority_of_the_label_sets_that_jointgan_has(rates, raf, 
     [
         ["--noise", "0", "0.5"],
         ["--noise", "0.5", "0.5"],
+        ["--noise", "0.1234567", "0.1234568"],
         ["--noise", "0", "0.5", "--from-checkpoint", "x"],
         ["--noise", "0.5", "--vote"],
     ],

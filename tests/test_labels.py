@@ -28,6 +28,7 @@ from conftest import (
     AFFECTNET_COLUMNS,
     BUILDERS,
     build_affectnet,
+    build_affectnet_npy,
     build_ferplus,
     build_folder,
     build_folder_splits,
@@ -219,6 +220,8 @@ def published(style, index, noisy):
         )
     if style == "names, no header":
         return "".join(f"{name} {RAF_CLASSES[label]}\n" for name, label in pairs)
+    if style == "commas, no header":
+        return "".join(f"{name}, {label + 1}\n" for name, label in pairs)
     if style == "tabs":
         return "".join(f"{name}\t{label}\n" for name, label in pairs)
     return "name,label\n" + "".join(f"{name},{RAF_CLASSES[label]}\n" for name, label in pairs)
@@ -234,6 +237,7 @@ STYLES = [
     "csv, integers",
     "csv, Windows",
     "names, no header",
+    "commas, no header",
     "tabs",
 ]
 
@@ -316,6 +320,25 @@ def test_classes_that_are_numbers_are_read_back(style, tmp_path):
     noisy = torch.arange(10).roll(1)
     write_labels(tmp_path / "labels", index.names, noisy, classes, style)
     assert torch.equal(read_labels(tmp_path / "labels", index), noisy)
+
+
+def test_a_list_that_could_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="'very happy'; csv can"):
+        write_labels(tmp_path / "labels", ["a.jpg"], torch.tensor([0]), ("1", "very happy"), "list")
+    assert not (tmp_path / "labels").exists()
+
+
+def test_labels_of_one_class_are_refused(raf, index, tmp_path, arguments):
+    write_labels(tmp_path / "labels.csv", index.names, torch.full((len(index.names),), 3), index.classes)
+    with pytest.raises(UserError, match="labels.csv have fewer than two classes"):
+        load_data(arguments("raf", raf, "--labels", str(tmp_path / "labels.csv")))
+
+
+def test_a_list_in_the_columns_of_affectnet_with_other_names_says_so(tmp_path, arguments):
+    listing = build_affectnet(tmp_path / "csv") / "training.csv"
+    npy = build_affectnet_npy(tmp_path / "npy")
+    with pytest.raises(UserError, match="no label for 24 of 24 training images"):
+        load_data(arguments("affectnet", npy, "--labels", str(listing)))
 
 
 def test_equal_base_names_in_two_class_folders_are_told_apart(tmp_path, arguments):
