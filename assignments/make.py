@@ -120,17 +120,19 @@ def tests_of(tests: str, method: str, rules: set[str], others: set[str]) -> str:
     return "\n".join(parts).lstrip("\n") + "\n"
 
 
-def task(method: str, source: str, rules: list[ast.FunctionDef]) -> str:
+def task(method: str, source: str, rules: list[ast.FunctionDef], tests: str) -> str:
     """TASK.md: what is to be written, from which paper, and how it is graded."""
     about = ast.get_docstring(ast.parse(source))
     title, paper = about.split("\n")[0], about.split("\n\n")[1]
     rows = "\n".join(f"| `{node.name}` | {first_line(node)} |" for node in rules)
+    more = " scikit-learn" if "sklearn" in tests else ""
     return f"""# {title}
 
 {paper}
 
-Read the paper. Then write the functions of `{method}.py` that raise NotImplementedError; signature and docstring say
-what each takes and returns, and which equation or section of the paper it is.
+Read the paper, and those that the docstrings name (links: docs/{method}.md of the project). Then write the functions of
+`{method}.py` that raise NotImplementedError. Signature and docstring say what each takes and returns, and which
+equation or section it is, or that it is in no paper.
 
 | function | what it computes |
 |---|---|
@@ -138,7 +140,7 @@ what each takes and returns, and which equation or section of the paper it is.
 
 Graded by the tests, which need no data:
 
-    pip install -r requirements.txt pytest
+    pip install -r requirements.txt pytest{more}
     python -m pytest -q
 
 When all pass, train with your functions, and compare with the page of the method (docs/{method}.md of the project):
@@ -165,8 +167,9 @@ def make(method: str, out: Path, solution: bool = False) -> None:
     for name in ("common.py", "requirements.txt", "LICENSE"):
         shutil.copy(ROOT / name, out / name)
     (out / f"{method}.py").write_text(source if solution else without_bodies(source), encoding="utf-8")
-    (out / f"test_{method}.py").write_text(tests_of(tests, method, graded, defined - graded), encoding="utf-8")
-    (out / "TASK.md").write_text(task(method, source, rules), encoding="utf-8")
+    tests = tests_of(tests, method, graded, defined - graded)
+    (out / f"test_{method}.py").write_text(tests, encoding="utf-8")
+    (out / "TASK.md").write_text(task(method, source, rules, tests), encoding="utf-8")
     print(f"{out}: {method}.py, {len(rules)} functions to write ({', '.join(node.name for node in rules)}); TASK.md")
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,20 @@ def test_the_tests_of_a_copy_fail_until_the_bodies_are_back(method, tmp_path):
     source = (ROOT / f"{method}.py").read_text(encoding="utf-8")
     (tmp_path / "student" / f"{method}.py").write_text(source, encoding="utf-8")
     assert outcome(tmp_path / "student") == {"passed": empty["failed"], "failed": 0, "error": 0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_task_names_every_package_that_its_tests_need(method, tmp_path):
+    assert make.main([method, "--out", str(tmp_path)]) == 0
+    tree = ast.parse((tmp_path / f"test_{method}.py").read_text(encoding="utf-8"))
+    needed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    needed |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    needed = {name.split(".")[0] for name in needed} - set(sys.stdlib_module_names) - {method, "common", "support"}
+    (install,) = [line.split() for line in (tmp_path / "TASK.md").read_text().splitlines() if "pip install" in line]
+    named = {{"scikit-learn": "sklearn"}.get(word, word) for word in install[install.index("requirements.txt") :]}
+    required = (tmp_path / "requirements.txt").read_text().split()
+    assert needed <= named | {re.match(r"\w+", line)[0] for line in required}
+    assert "sklearn" not in named - needed
 
 
 @pytest.mark.parametrize("method", METHODS)
