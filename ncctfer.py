@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import common
 
-# Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
+# Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it, then the same
+# with "pretrained <backbone>" for weights that have a backbone of their own.
 # "pretrained" is the paper's, Sec. 4.2, with the warm-up of the official code; the others are ours: the learning rates
 # of scn.py, warm-up and selection by the validation splits of toy and FERPlus (docs/ncctfer.md).
 PRESETS = {

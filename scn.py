@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 import common
 
-# Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it.
-# "pretrained" is the paper's, Sec. 3.5, with the learning rate scaled to the batch (0.1 for 1024); the others are ours,
-# chosen on the validation splits of toy and FERPlus (docs/scn.md).
+# Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it, then the same
+# with "pretrained <backbone>" for weights that have a backbone of their own.
+# "pretrained" is the paper's, Sec. 3.5, with the learning rate scaled to its batch of 128 (0.1 for 1024); the others
+# are ours, chosen on the validation splits of toy and FERPlus (docs/scn.md).
 ADAM = dict(optimizer="adam", lr=1e-3, head_lr=1e-3, weight_decay=0.0)
 SGD = dict(optimizer="sgd", lr=0.0125, head_lr=0.0125, weight_decay=1e-4)
 PRESETS = {

@@ -10,7 +10,8 @@ class-rebalanced rates admit the pseudo-labels of rare classes first. A cycle is
     python twostage.py --data affectnet --root data/affectnet --pretrained resnet18_msceleb.pth
 
 Measured (docs/twostage.md): toy, 60 % noise, 3 seeds, CPU: last5 97.6 +- 0.8 % against 95.5 +- 1.1 % without detection
-and 76.1 +- 13.2 % for one plain network. FERPlus, 10,000 images, 40 %, --pretrained dlib, 3 seeds: 79.3, 78.3, 72.1.
+and 76.1 +- 13.2 % for one plain network. FERPlus, 10,000 images, 40 %, --pretrained dlib, 3 seeds: 79.3 +- 0.2 against
+78.3 +- 0.5 and 72.1 +- 0.8 %.
 """
 
 import math
@@ -33,8 +34,9 @@ from torch import Tensor
 
 import common
 
-# Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it. All ours: the
-# plan has no setting; learning rates and augmentation are those of ncctfer.py (docs/twostage.md).
+# Used where no flag says otherwise: "scratch" or "pretrained", then "<that> <data set>" on top of it, then the same
+# with "pretrained <backbone>" for weights that have a backbone of their own. All ours: the plan has no setting;
+# learning rates and augmentation are those of ncctfer.py (docs/twostage.md).
 ADAM = dict(lr=1e-3, head_lr=1e-3, decay=0.95)
 PRESETS = {
     "scratch": ADAM | dict(size=100, epochs=30, batch_size=128, warm_up=15, ema=0.99),
@@ -205,7 +207,7 @@ def admitted_set(probs: Tensor, rates: Tensor) -> Tensor:
 
 
 def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: Tensor | None = None) -> Tensor:
-    """Supervised loss of FixMatch: cross-entropy, sum over the labelled samples divided by the batch size N.
+    """FixMatch's supervised loss: cross-entropy, sum over the labelled samples divided by the batch size N (ours).
 
     logits: (N, C). labels: int64 (N,). labelled: bool (N,). log_shares: (C,), added to the logits (logit adjustment).
     """
@@ -313,7 +315,7 @@ def train_one_epoch(
     network.train()
     device, means = given.device, common.Means()
     semi = args.semi and epoch > args.warm_up
-    kept = division.labelled.cpu()  # so that no step waits for the device to know how many samples have no label
+    kept = division.labelled.cpu()  # the number of samples without label is known here: no step asks the device
     for (weak, strong), place in batches:
         weak, index = weak.to(device), place.to(device, non_blocking=True)
         y = given[index]
