@@ -4,7 +4,7 @@ MTCNN (K. Zhang et al., "Joint Face Detection and Alignment using Multitask Casc
 package mtcnn) finds boxes and five landmarks; a similarity transform (rotation, scale, shift) brings the landmarks onto
 a template. The crops lie in the same tree of folders, so class folders stay class folders. faces.csv has a row for
 every photograph, also for those without a face and those that cannot be read. Stopped at any moment, the same command
-goes on.
+goes on. Crops that no photograph has any more are removed.
 
     pip install -r requirements-align.txt                        # the detector needs TensorFlow
     python align_faces.py photos/ --out faces/
@@ -61,11 +61,21 @@ class UserError(ValueError):
     """Bad input: one line, exit status 2."""
 
 
+def one_line(text) -> str:
+    """`text` with control characters, line ends and bytes that are not UTF-8 escaped: a file name may hold them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def reason_of(error: Exception) -> str:
+    """An error's text on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message} (--help lists the options)") + "\n")
 
 
 def parse_args(argv=None):
@@ -148,18 +158,11 @@ def crop(image: Image.Image, landmarks: np.ndarray, size: int, margin: float) ->
 
 def choose(faces: list[dict], which: str, width: int, height: int) -> list[dict]:
     """The largest box, the one nearest to the centre, or all, largest first."""
-    by_size = sorted(faces, key=lambda face: -face["box"][2] * face["box"][3])
-    if which == "all" or not faces:
-        return by_size
-    if which == "largest":
-        return by_size[:1]
-    x, y = width / 2, height / 2
-    return [
-        min(
-            by_size,
-            key=lambda face: np.hypot(face["box"][0] + face["box"][2] / 2 - x, face["box"][1] + face["box"][3] / 2 - y),
-        )
-    ]
+    faces = sorted(faces, key=lambda face: -face["box"][2] * face["box"][3])
+    if which == "central":
+        middle = np.array([width, height]) / 2
+        faces.sort(key=lambda face: np.hypot(*(np.array(face["box"][:2]) + np.array(face["box"][2:]) / 2 - middle)))
+    return faces if which == "all" else faces[:1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,30 +207,26 @@ def open_photograph(path: Path) -> Image.Image:
     except MemoryError:
         raise UserError("it does not fit into the memory") from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise UserError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise UserError(reason_of(error)) from None
 
 
 def find_faces(image: Image.Image, args) -> list[dict]:
     """box (x, y, width, height), landmarks (5, 2) and confidence of each face, in pixels of the whole image."""
     scale = min(1.0, args.detect_size / max(image.size))
-    small = (
-        image
-        if scale == 1
-        else image.resize([max(1, round(side * scale)) for side in image.size], Image.BILINEAR, reducing_gap=2)
-    )
+    small = image
+    if scale < 1:
+        small = image.resize([max(1, round(side * scale)) for side in image.size], Image.BILINEAR, reducing_gap=2)
     if min(small.size) < 24:  # the detector's own smallest face is 20 pixels
         return []
-    found = []
-    for face in detector.detect_faces(np.asarray(small)):
-        if face["confidence"] >= args.min_confidence:
-            found.append(
-                dict(
-                    box=[value / scale for value in face["box"]],
-                    confidence=float(face["confidence"]),
-                    landmarks=np.array([face["keypoints"][point] for point in POINTS], float) / scale,
-                )
-            )
-    return found
+    return [
+        dict(
+            box=[value / scale for value in face["box"]],
+            confidence=float(face["confidence"]),
+            landmarks=np.array([face["keypoints"][point] for point in POINTS], float) / scale,
+        )
+        for face in detector.detect_faces(np.asarray(small))
+        if face["confidence"] >= args.min_confidence
+    ]
 
 
 def align(job: tuple[str, str], args) -> list[dict]:
@@ -236,10 +235,13 @@ def align(job: tuple[str, str], args) -> list[dict]:
     row = dict.fromkeys(COLUMNS, "") | {"source": source}
     try:
         image = open_photograph(args.photos / source)
-    except UserError as error:
-        return [row | {"status": f"unreadable: {error}"}]
+        faces = choose(find_faces(image, args), args.face, *image.size)
+    except MemoryError:  # of the detector: the next photographs would fail too
+        raise
+    except Exception as error:  # whatever the detector raises, the other photographs go on
+        return [row | {"status": f"unreadable: {reason_of(error)}"}]
     rows = []
-    for number, face in enumerate(choose(find_faces(image, args), args.face, *image.size)):
+    for number, face in enumerate(faces):
         name = output if number == 0 else f"{output.removesuffix(f'.{args.format}')}_{number + 1}.{args.format}"
         path = args.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,13 +269,18 @@ def write_whole(path: Path, write) -> None:
 
 
 def list_photographs(folder: Path) -> list[Path]:
-    """All photographs below a folder, relative to it; links to folders are not followed. What is not read is said."""
+    """All photographs below a folder, relative to it. Formats that are not read are counted on the screen.
+
+    Hidden files and folders are passed over, as in training, and links to folders are not followed.
+    """
     sources, other, closed = [], Counter(), []
     for place, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
-        folders.sort()
-        for path in (Path(place, name) for name in files):
-            if path.suffix.lower() in SUFFIXES and path.is_file():  # no pipe, no device: they would block
-                sources.append(path.relative_to(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES:
+                # No pipe, no device: they would block. A link that leads nowhere is listed: it gets its row
+                if os.path.isfile(path) or not os.path.exists(path):
+                    sources.append(path.relative_to(folder))
             elif path.suffix.lower() in NOT_READ:
                 other[path.suffix.lower()] += 1
     if closed:
@@ -320,33 +327,59 @@ def list_jobs(args) -> list[tuple[str, str]]:
     return list(zip((source.as_posix() for source in sources), output_names(sources, args.format)))
 
 
-def read_manifest(path: Path, out: Path, jobs: list[tuple[str, str]]) -> dict[str, list[dict]]:
-    """The rows of each photograph that is done: its crops are there, or there are none, and they have today's names.
+def read_manifest(args, jobs: list[tuple[str, str]]) -> tuple[dict[str, list[dict]], set[str]]:
+    """The rows of each photograph that is done, and the outputs of all rows.
 
-    A last line cut by a kill is passed over. Raises UserError for a file that is no manifest.
+    Done: it was read, its crops (if any) are there and have today's names, and it has not changed since. With
+    --overwrite none is done, and a damaged manifest is read as far as it goes; else that is a UserError.
     """
+    path = args.out / "faces.csv"
     if not path.exists():
-        return {}
+        return {}, set()
+    rows: dict[str, list[dict]] = {}
     try:
         with open_manifest(path, "r") as file:
-            text = file.read()
-        found = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True), strict=True))
+            lines = file.read().split("\n")
+        for row in csv.DictReader((f"{line}\n" for line in lines[:-1]), strict=True):
+            if tuple(row) != COLUMNS or not row["status"] or None in row.values():
+                raise ValueError("not a list of aligned faces")
+            rows.setdefault(row["source"], []).append(row)
     except (csv.Error, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({error}); --overwrite does everything anew") from None
-    rows: dict[str, list[dict]] = {}
-    for row in found:
-        if tuple(row) != COLUMNS or not row["status"] or None in row.values():
-            raise UserError(f"{path}: is not a list of aligned faces; --overwrite does everything anew")
-        rows.setdefault(row["source"], []).append(row)
-    first = dict(jobs)
+        if not args.overwrite:
+            raise UserError(f"{path}: is damaged ({error}); --overwrite does everything anew") from None
+    outputs = {row["output"] for own in rows.values() for row in own if row["output"]}
+    if args.overwrite:
+        return {}, outputs
+    if lines[-1] and rows:  # cut by a kill: the photograph of the last whole line may have lost further lines
+        del rows[row["source"]]
+    first, written = dict(jobs), path.stat().st_mtime
 
     def done(source: str, own: list[dict]) -> bool:
         names = [row["output"] for row in own if row["output"]]
-        stem, _, form = first.get(source, "").rpartition(".")
+        stem, _, form = first[source].rpartition(".")
         expected = [f"{stem}.{form}", *(f"{stem}_{k}.{form}" for k in range(2, len(names) + 1))]
-        return names == expected[: len(names)] and all((out / name).is_file() for name in names)
+        if names != expected[: len(names)] or own[0]["status"].startswith("unreadable"):
+            return False
+        try:
+            since = min((os.path.getmtime(args.out / name) for name in names), default=written)
+            return os.path.getmtime(args.photos / source) <= since
+        except OSError:  # a crop is lost, or the photograph is a link that leads nowhere now
+            return False
 
-    return {source: own for source, own in rows.items() if source in first and done(source, own)}
+    return {source: own for source, own in rows.items() if source in first and done(source, own)}, outputs
+
+
+def remove_crops(out: Path, old: set[str], new: set[str]) -> None:
+    """Remove the outputs of an earlier manifest that are not outputs now: they would be trained on.
+
+    Whatever that manifest says: only crops inside `out`, and no new one under another spelling of its name (".." in
+    it, or another case on some file systems).
+    """
+    stale, inside = old - new, out.resolve()
+    kept = {os.stat(out / name).st_ino for name in new} if stale else set()
+    for path in (out / name for name in stale if name.endswith((".jpg", ".png"))):
+        if os.path.isfile(path) and inside in path.resolve().parents and path.stat().st_ino not in kept:
+            path.unlink()
 
 
 def write_manifest(path: Path, rows: dict[str, list[dict]]) -> None:
@@ -364,11 +397,10 @@ def open_manifest(path: Path, mode: str):
     return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
-def check_settings(args) -> None:
-    """Crops of two kinds never lie in one folder: faces.json says which kind it is."""
-    settings = {
-        key: getattr(args, key) for key in ("size", "margin", "face", "min_confidence", "detect_size", "format")
-    } | {"photos": str(args.photos.resolve())}
+def check_settings(args) -> str:
+    """What faces.json is to say: the kind of the crops. Two kinds never lie in one folder."""
+    keys = ("size", "margin", "face", "min_confidence", "detect_size", "format")
+    settings = {key: getattr(args, key) for key in keys} | {"photos": str(args.photos.resolve())}
     note = args.out / "faces.json"
     if args.out.exists() and not note.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} holds files that are not crops of this program: name another folder")
@@ -383,8 +415,7 @@ def check_settings(args) -> None:
                     f"{args.out} was made with {key} {before.get(key)}, not {value}: "
                     "--overwrite does it anew, --out FOLDER makes another"
                 )
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(note, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+    return json.dumps(settings, indent=1) + "\n"
 
 
 def contact_sheet(args, rows: list[dict], count: int = 16, side: int = 160) -> Image.Image:
@@ -406,22 +437,10 @@ def contact_sheet(args, rows: list[dict], count: int = 16, side: int = 160) -> I
     return sheet
 
 
-def run(args) -> None:
-    jobs = list_jobs(args)
-    try:
-        import tensorflow  # noqa: F401 - the detector needs it, and says so only from deep inside
-    except ImportError:
-        raise UserError("the face detector needs TensorFlow: pip install -r requirements-align.txt") from None
-    check_settings(args)
-    manifest = args.out / "faces.csv"
-    rows = {} if args.overwrite else read_manifest(manifest, args.out, jobs)
-    rows = {source: rows[source] for source, _ in jobs if source in rows}
-    todo = [job for job in jobs if job[0] not in rows]
-    if rows:
-        print(f"{len(rows):,} of {len(jobs):,} photographs are done already")
-    write_manifest(manifest, rows)
+def align_all(todo: list[tuple[str, str]], rows: dict[str, list[dict]], args) -> None:
+    """Add the rows of each photograph to `rows` and, as they come, to the manifest."""
     work = partial(align, args=args)
-    with open_manifest(manifest, "a") as file:
+    with open_manifest(args.out / "faces.csv", "a") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
 
         def take(results):
@@ -443,24 +462,43 @@ def run(args) -> None:
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
+
+
+def run(args) -> None:
+    jobs = list_jobs(args)
+    settings, manifest = check_settings(args), args.out / "faces.csv"
+    rows, old = read_manifest(args, jobs)
+    todo = [job for job in jobs if job[0] not in rows]
+    if todo:  # else nobody waits for TensorFlow
+        try:
+            import mtcnn  # noqa: F401 - it imports TensorFlow
+        except ImportError as error:
+            raise UserError(f"no face detector ({reason_of(error)}): pip install -r requirements-align.txt") from None
+    if rows:
+        print(f"{len(rows):,} of {len(jobs):,} photographs are done already")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out / "faces.json", lambda path: path.write_text(settings))
+    # Should this run be killed, the next one is to know all that it may leave: rows without a source
+    names = sorted(old | {output for _, output in todo})
+    besides = [dict.fromkeys(COLUMNS, "") | {"output": name, "status": "unfinished"} for name in names]
+    write_manifest(manifest, rows | {"": besides})
+    if todo:
+        align_all(todo, rows, args)
+    remove_crops(args.out, old, {row["output"] for own in rows.values() for row in own if row["output"]})
     write_manifest(manifest, rows)  # in order
 
     every = [row for source, _ in jobs for row in rows[source]]
-    done = [row for row in every if row["status"] == "ok"]
-    none, bad = (
-        [row["source"] for row in every if row["status"].startswith(status)] for status in ("no face", "unreadable")
-    )
-    if done:
-        contact_sheet(args, done).save(args.out / "faces.png")
-    print(
-        f"{len(jobs):,} photographs: {len(done):,} faces in {args.out}, {len(none):,} without a face, "
-        f"{len(bad):,} unreadable; {manifest}"
-    )
-    for what, names in (("no face", none), ("unreadable", bad)):
-        for name in names[:20]:
-            print(f"  {what}: {name}")
-        if len(names) > 20:
-            print(f"  {what}: {len(names) - 20:,} more, see {manifest}")
+    count = Counter(row["status"].partition(":")[0] for row in every)
+    if count["ok"]:
+        sheet = contact_sheet(args, [row for row in every if row["status"] == "ok"])
+        write_whole(args.out / "faces.png", lambda path: sheet.save(path, "PNG"))
+    missed = f"{count['no face']:,} without a face, {count['unreadable']:,} unreadable"
+    print(one_line(f"{len(jobs):,} photographs: {count['ok']:,} faces in {args.out}, {missed}; {manifest}"))
+    for what in ("no face", "unreadable"):
+        for name in [row["source"] for row in every if row["status"].startswith(what)][:20]:
+            print(one_line(f"  {what}: {name}"))
+        if count[what] > 20:
+            print(one_line(f"  {what}: {count[what] - 20:,} more, see {manifest}"))
 
 
 class Tolerant:
@@ -502,7 +540,7 @@ def main(argv=None) -> int:
     try:
         run(parse_args(argv))
     except (UserError, OSError) as error:
-        print(f"align_faces.py: error: {error}", file=sys.stderr)
+        print(one_line(f"align_faces.py: error: {error}"), file=sys.stderr)
         return 2
     except SystemExit as exit_:
         return exit_.code or 0

@@ -285,7 +285,7 @@ PAGES = [
 - Co-curing gains nothing over two networks, SCN nothing over one network: with random crops these memorise little in 30
   epochs. SCN's own recipe without its parts was not run.
 - With the thresholds of the batch NCCTFER fails: they need a mostly correct network, and this one is correct on two
-  thirds of the faces. Selected by the average it does not fall on the validation split ([66.3](ncctfer.md#results)).
+  thirds of the faces. Selected by the average it falls less on the validation split ([66.3](ncctfer.md#results)).
 - The cycle with one mixture gains 2.5 points over its recipe without detection, and loses 1.5 in mean class accuracy:
   it drops the labels of the rare classes. The preset adds a floor for each class: 72.2 in last5 and 50.0 in mean class
   accuracy on the validation split ([why](twostage.md#which-labels-to-keep)).""",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_landmarks_come_to_lie_on_the_template(scale):
         found = np.asarray(crop(image, landmarks, 100, 0.3), float).sum(2)
         centre = [(found.sum(axis) * np.arange(100)).sum() / found.sum() for axis in (0, 1)]
         assert centre == pytest.approx(places[k], abs=1.0)
+
+
+def test_a_large_photograph_gives_the_crop_of_a_small_one():
+    """It is shrunk first, by a whole number: nothing may shift by a part of a pixel."""
+
+    def centres(factor):
+        scale = 1.01 * factor  # not 1: rounding must not decide between `factor` and one less
+        landmarks = places * scale + (factor - 1) / 2  # the middle of the pixels that become one
+        down, across = np.mgrid[: 101 * factor, : 101 * factor]
+        for x, y in landmarks:
+            blob = 255 * np.exp(-((across - x) ** 2 + (down - y) ** 2) / (2 * (4 * factor) ** 2))
+            image = Image.fromarray(blob.round().astype(np.uint8)).convert("RGB")
+            found = np.asarray(crop(image, landmarks, 100, 0.3), float).sum(2)
+            yield [(found.sum(axis) * np.arange(100)).sum() / found.sum() for axis in (0, 1)]
+
+    places = template(100, 0.3)
+    small, large = np.array(list(centres(1))), np.array(list(centres(4)))
+    np.testing.assert_allclose(small, places, atol=0.3)
+    np.testing.assert_allclose(large, small, atol=0.05)
 
 
 def test_largest_and_central_face():
@@ -179,11 +199,12 @@ def test_done_photographs_are_skipped_and_lost_crops_made_again(aligned, tmp_pat
     monkeypatch.setattr(align_faces, "start_worker", lambda *parent: None)
     monkeypatch.setattr(align_faces, "find_faces", lambda image, args: asked.append(image.size) or [])
     assert main([str(photos), "--out", str(again), "--format", "png", "--workers", "1"]) == 0
-    assert len(asked) == 1 and manifest(again)["happy/turned.jpg"][0]["status"] == "no face"
-    assert {s: r for s, r in manifest(again).items() if s != "happy/turned.jpg"} == {
-        s: r for s, r in rows.items() if s != "happy/turned.jpg"
+    anew = {"happy/turned.jpg", "two.webp"}  # the second stands before the cut
+    assert len(asked) == 2 and all(manifest(again)[name][0]["status"] == "no face" for name in anew)
+    assert {s: r for s, r in manifest(again).items() if s not in anew} == {
+        s: r for s, r in rows.items() if s not in anew
     }
-    assert "9 of 10 photographs are done already" in capsys.readouterr().out
+    assert "7 of 10 photographs are done already" in capsys.readouterr().out  # broken.jpg is tried again too
     assert main([str(photos), "--out", str(again), "--format", "png", "--size", "100"]) == 2
     assert "--overwrite" in capsys.readouterr().err
 
@@ -240,12 +261,16 @@ def test_bad_input_is_refused(make, words, tmp_path, capsys):
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_without_tensorflow_it_says_how_to_install_it(tmp_path, monkeypatch, capsys):
-    Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
-    monkeypatch.setitem(__import__("sys").modules, "tensorflow", None)
-    assert main([str(tmp_path), "--out", str(tmp_path.parent / "out-none")]) == 2
+@pytest.mark.parametrize("missing", ["mtcnn", "tensorflow"])
+def test_without_the_detector_it_says_how_to_install_it(missing, tmp_path, monkeypatch, capsys):
+    photograph(tmp_path / "photos" / "a.png")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mtcnn"]:
+        monkeypatch.delitem(sys.modules, name)  # imported by an earlier test
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert align(tmp_path / "photos", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip()
-    assert "pip install -r requirements-align.txt" in error and len(error.splitlines()) == 1
+    assert missing in error and "pip install -r requirements-align.txt" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 # Nothing is lost, whatever the folder holds: with a detector that finds what it is told
@@ -261,7 +286,8 @@ def one_face(image, args, count=1):
 def fake(monkeypatch):
     """A detector that finds one face everywhere, or so many in photographs of so many pixels."""
     counts = {}
-    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    for name in ("mtcnn", "tensorflow"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setattr(align_faces, "start_worker", lambda *parent: None)
     monkeypatch.setattr(align_faces, "find_faces", lambda image, args: one_face(image, args, counts.get(image.size, 1)))
     return counts
@@ -275,6 +301,17 @@ def photograph(path, value=128, size=(100, 100)):
 
 def align(photos, out, *more):
     return main([str(photos), "--out", str(out), "--workers", "1", "--format", "png", *more])
+
+
+def crops(out):
+    """What would be trained on."""
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.suffix in (".jpg", ".png"))
+
+
+def age(path, seconds):
+    """Make a file so much older, or younger if negative."""
+    os.utime(path, (path.stat().st_mtime - seconds,) * 2)
+    return path
 
 
 def test_outputs_never_collide(fake, tmp_path):
@@ -316,8 +353,219 @@ def test_a_photograph_whose_name_is_taken_later_is_done_again(fake, tmp_path):
     assert align(tmp_path / "photos", tmp_path / "out") == 0
     rows = manifest(tmp_path / "out")
     assert [rows[name][0]["output"] for name in ("a.jpg", "a.png")] == ["a_jpg.png", "a_png.png"]
+    assert crops(tmp_path / "out") == ["a_jpg.png", "a_png.png", "faces.png"]
     for name, value in (("a.jpg", 200), ("a.png", 50)):
         assert abs(int(pixels(tmp_path / "out" / rows[name][0]["output"])[100, 100]) - value) <= 2
+
+
+@pytest.mark.parametrize("damage", ["", 'b.png,"x', "b.png,x.png\n"])
+def test_overwrite_leaves_no_crop_of_the_settings_before(damage, fake, tmp_path):
+    fake[(90, 90)] = 3
+    photograph(tmp_path / "photos" / "sad" / "a.png", 50, (90, 90))
+    assert align(tmp_path / "photos", tmp_path / "out", "--face", "all") == 0
+    assert crops(tmp_path / "out") == ["faces.png", "sad/a.png", "sad/a_2.png", "sad/a_3.png"]
+    with open(tmp_path / "out" / "faces.csv", "a") as file:
+        file.write(damage)
+    (tmp_path / "out" / "sad" / "mine.png").write_text("in no manifest")
+    assert align(tmp_path / "photos", tmp_path / "out", "--overwrite", "--format", "jpg") == 0
+    assert crops(tmp_path / "out") == ["faces.png", "sad/a.jpg", "sad/mine.png"]
+
+
+def test_crops_without_their_photograph_or_face_are_removed(fake, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for name in ("gone", "lawn", "link", "stays"):
+        photograph(photos / f"{name}.png")
+    (photos / "link.png").rename(tmp_path / "elsewhere.png")
+    (photos / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    assert align(photos, out) == 0
+    assert crops(out) == ["faces.png", "gone.png", "lawn.png", "link.png", "stays.png"]
+    (photos / "gone.png").unlink()
+    (tmp_path / "elsewhere.png").unlink()
+    fake[(80, 80)] = 0
+    age(photograph(photos / "lawn.png", size=(80, 80)), -9)
+    assert align(photos, out) == 0
+    assert crops(out) == ["faces.png", "stays.png"]
+    status = {source: own[0]["status"].partition(":")[0] for source, own in manifest(out).items()}
+    assert status == {"lawn.png": "no face", "link.png": "unreadable", "stays.png": "ok"}
+
+
+def test_no_file_is_removed_because_a_manifest_names_it(fake, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photograph(photos / "sad" / "a.png")
+    assert align(photos, out) == 0
+    others = [photograph(tmp_path / place / "b.png") for place in ("beside", "linked", "photos")]
+    (out / "link").symlink_to(tmp_path / "linked")
+    (out / "sad" / "link.png").symlink_to(others[0])
+    names = ["../beside/b.png", str(others[0]), "link/b.png", "sad/link.png", "sad/../sad/a.png", "faces.json", "sad"]
+    with open(out / "faces.csv", "a") as file:
+        file.writelines(f"{k},{name},,,,ok\n" for k, name in enumerate([*names, "\0.png", "x" * 300 + ".png"]))
+    assert align(photos, out) == 0
+    kept = (*others, out / "sad" / "a.png", out / "sad" / "link.png", out / "faces.json")
+    assert all(path.is_file() for path in kept)
+    assert list(manifest(out)) == ["b.png", "sad/a.png"]
+
+
+def test_a_killed_run_leaves_nothing_to_the_next_one(fake, tmp_path, monkeypatch):
+    """The crops of before, and one whose row the kill has cut, are removed by the run that comes to its end."""
+    photos, out, seen = tmp_path / "photos", tmp_path / "out", []
+    for k in range(3):
+        photograph(photos / f"{k}.bmp")
+
+    def stop(image, args):
+        seen.append(image)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return one_face(image, args)
+
+    assert align(photos, out) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(align_faces, "find_faces", stop)
+        assert align(photos, out, "--overwrite", "--format", "jpg") == 130
+    assert crops(out) == ["0.jpg", "0.png", "1.png", "2.png", "faces.png"]
+    photograph(out / "2.jpg")  # as another worker may have written it
+    for more in (["--format", "jpg"], ["--overwrite"]):
+        again = tmp_path / f"again{len(more)}{more[0]}"
+        shutil.copytree(out, again)
+        assert align(photos, again, *more) == 0
+        form = more[-1] if len(more) > 1 else "png"
+        assert crops(again) == sorted([*(f"{k}.{form}" for k in range(3)), "faces.png"])
+
+
+def test_photographs_that_were_mended_or_replaced_are_looked_at_again(fake, tmp_path, monkeypatch, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    fake[(80, 80)] = 0
+    photograph(photos / "face.png", 50)
+    photograph(photos / "lawn.png", 50, (80, 80))
+    (photos / "broken.png").write_bytes(b"")
+    assert align(photos, out) == 0
+    age(photograph(photos / "broken.png", 200), 3600)  # mended from an old copy
+    assert align(photos, out) == 0
+    assert [own[0]["status"] for own in manifest(out).values()] == ["ok", "ok", "no face"]
+    assert "2 of 3 photographs are done already" in capsys.readouterr().out
+    for name in ("face", "lawn"):
+        age(photograph(photos / f"{name}.png", 150), -9)
+        assert align(photos, out) == 0
+        assert "2 of 3 photographs are done already" in capsys.readouterr().out
+        (row,) = manifest(out)[f"{name}.png"]
+        assert row["status"] == "ok" and int(pixels(out / row["output"])[100, 100]) == 150
+        age(photos / f"{name}.png", 3600)
+    assert align(photos, out) == 0
+    assert "3 of 3 photographs are done already" in capsys.readouterr().out
+
+
+def test_what_the_detector_raises_is_a_row(fake, tmp_path, monkeypatch):
+    def fail(error):
+        def find(image, args):
+            if image.size == (80, 80):
+                raise error
+            return one_face(image, args)
+
+        monkeypatch.setattr(align_faces, "find_faces", find)
+
+    for name, size in (("a", 100), ("b", 80), ("c", 100)):
+        photograph(tmp_path / "photos" / f"{name}.png", size=(size, size))
+    fail(RuntimeError("no\nshape"))
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    assert [own[0]["status"] for own in manifest(tmp_path / "out").values()] == ["ok", "unreadable: no shape", "ok"]
+    fail(MemoryError())
+    with pytest.raises(MemoryError):
+        align(tmp_path / "photos", tmp_path / "out")
+
+
+def test_a_photograph_that_does_not_fit_into_the_memory_is_a_row(fake, tmp_path, monkeypatch):
+    photograph(tmp_path / "photos" / "a.png")
+
+    def full(*args, **more):
+        raise MemoryError
+
+    monkeypatch.setattr(align_faces.ImageOps, "exif_transpose", full)
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    assert manifest(tmp_path / "out")["a.png"][0]["status"] == "unreadable: it does not fit into the memory"
+
+
+def test_a_worker_that_dies_is_one_line(fake, tmp_path, monkeypatch, capsys):
+    class Pool:
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def map(self, *args, **more):
+            raise BrokenProcessPool("a child process terminated abruptly")
+
+    for name in "ab":
+        photograph(tmp_path / "photos" / f"{name}.png")
+    monkeypatch.setattr(align_faces, "ProcessPoolExecutor", Pool)
+    assert main([str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--workers", "2"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("align_faces.py: error: ") and "try fewer --workers" in error
+
+
+def test_long_lists_are_cut(fake, tmp_path, capsys):
+    for k in range(23):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{k:02}.png").write_bytes(b"")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("23 photographs: 0 faces in ") and "0 without a face, 23 unreadable" in lines[0]
+    assert lines[1:21] == [f"  unreadable: {k:02}.png" for k in range(20)]
+    assert lines[21:] == [f"  unreadable: 3 more, see {tmp_path / 'out' / 'faces.csv'}"]
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--size", "100"), ("--margin", "0.5"), ("--face", "all"), ("--min-confidence", "0.5"), ("--detect-size", "512"),
+    ("--format", "jpg"),
+])  # fmt: skip
+def test_crops_of_other_settings_are_refused_or_made_anew(option, value, fake, tmp_path, capsys):
+    photograph(tmp_path / "photos" / "a.bmp")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    before = crops(tmp_path / "out")
+    capsys.readouterr()
+    assert align(tmp_path / "photos", tmp_path / "out", option, value) == 2
+    error = capsys.readouterr().err
+    assert f"was made with {option[2:].replace('-', '_')} " in error and f", not {value}: --overwrite" in error
+    assert crops(tmp_path / "out") == before and len(error.splitlines()) == 1
+    assert align(tmp_path / "photos", tmp_path / "out", option, value, "--overwrite") == 0
+    assert "done already" not in capsys.readouterr().out
+    assert align(tmp_path / "photos", tmp_path / "out", option, value) == 0
+    assert "1 of 1 photographs are done already" in capsys.readouterr().out
+
+
+def test_a_manifest_cut_inside_a_photograph_loses_no_face(fake, tmp_path):
+    fake[(90, 90)] = 3
+    photograph(tmp_path / "photos" / "a.png")
+    photograph(tmp_path / "photos" / "b.png", size=(90, 90))
+    assert align(tmp_path / "photos", tmp_path / "out", "--face", "all") == 0
+    whole = (tmp_path / "out" / "faces.csv").read_bytes()
+    for cut in (whole.rindex(b"b.png,b_2") + 4, whole.rindex(b"b.png,b_3") + 1, len(whole) - 1):
+        (tmp_path / "out" / "faces.csv").write_bytes(whole[:cut])
+        assert align(tmp_path / "photos", tmp_path / "out", "--face", "all") == 0
+        assert (tmp_path / "out" / "faces.csv").read_bytes() == whole
+
+
+def test_nothing_left_to_do_starts_no_detector(fake, tmp_path, monkeypatch, capsys):
+    def start(*parent):
+        raise AssertionError
+
+    photograph(tmp_path / "photos" / "a.png")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    monkeypatch.setattr(align_faces, "start_worker", start)
+    monkeypatch.setitem(sys.modules, "mtcnn", None)  # a failing import
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    assert "1 of 1 photographs are done already" in capsys.readouterr().out
+
+
+def test_every_file_is_written_whole(fake, tmp_path, monkeypatch):
+    photograph(tmp_path / "photos" / "a.png")
+    replace, written = os.replace, set()
+    monkeypatch.setattr(align_faces.os, "replace", lambda a, b: written.add(Path(b).name) or replace(a, b))
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    assert written == {"a.png", "faces.csv", "faces.json", "faces.png"} == set(os.listdir(tmp_path / "out"))
 
 
 def test_photographs_of_16_bits_keep_their_greys(fake, tmp_path):
@@ -356,15 +604,20 @@ def test_mutated_photographs_are_unreadable_or_read(fake, tmp_path):
                 assert len(str(error).splitlines()) == 1
 
 
-def test_pipes_links_and_other_formats(fake, tmp_path, capsys):
+def test_pipes_links_hidden_files_and_other_formats(fake, tmp_path, capsys):
     photograph(tmp_path / "photos" / "a.png")
     os.mkfifo(tmp_path / "photos" / "pipe.jpg")
     (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
     (tmp_path / "photos" / "b.HEIC").write_bytes(b"x")
     (tmp_path / "photos" / "c.tif").write_bytes(b"x")
+    (tmp_path / "photos" / "._a.png").write_bytes(b"what a Mac leaves")
+    (tmp_path / "photos" / "._b.heic").write_bytes(b"what a Mac leaves")
+    photograph(tmp_path / "photos" / ".Trash" / "old" / "d.png")
     assert align(tmp_path / "photos", tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert set(manifest(tmp_path / "out")) == {"a.png"} and "1 .heic files are not read" in said and "1 .tif" in said
+    said, rows = capsys.readouterr().out, manifest(tmp_path / "out")
+    assert set(rows) == {"a.png", "nowhere.jpg"} and "1 .heic files are not read" in said and "1 .tif" in said
+    assert rows["nowhere.jpg"][0]["status"].startswith("unreadable: ") and "1 unreadable" in said
 
 
 def test_a_folder_that_cannot_be_listed_is_said(fake, tmp_path, monkeypatch, capsys):
@@ -402,6 +655,23 @@ def test_names_that_are_not_utf_8(fake, tmp_path, capsys):
         assert align(photos, tmp_path / "out") == 0
     assert "2 of 2 photographs are done already" in capsys.readouterr().out
     assert b"caf\xe9.png" in (tmp_path / "out" / "faces.csv").read_bytes()
+
+
+@pytest.mark.parametrize("character", ["\n", "\x0b", "\x1b", "\x85", "\u2028"])
+def test_names_with_line_ends_and_control_characters(character, fake, tmp_path, capsys):
+    name, shown = f"a{character}b", ascii(f"a{character}b")[1:-1]
+    photograph(tmp_path / name / f"{name}.png")
+    (tmp_path / name / f"{name}.jpg").write_bytes(b"")
+    for again in range(2):
+        assert align(tmp_path / name, tmp_path / "out" / name) == 0
+    lines = capsys.readouterr().out.split("\n")  # not splitlines: some characters are line ends to it alone
+    assert lines[1:] == [f"  unreadable: {shown}.jpg", "1 of 2 photographs are done already", *lines[:2], ""]
+    assert lines[0].startswith("2 photographs: 1 faces in ") and f"{shown}/faces.csv" in lines[0]
+    assert set(manifest(tmp_path / "out" / name)) == {f"{name}.jpg", f"{name}.png"}
+    for wrong in ([str(tmp_path / name / "none")], [str(tmp_path), name]):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert shown in error and error.endswith("\n") and all(c.isprintable() for c in error[:-1])
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(fake, tmp_path, monkeypatch, capsys):
@@ -488,7 +758,7 @@ def state_of(pid):
 
 RUN = """
 import sys, types
-sys.modules["tensorflow"] = types.ModuleType("tensorflow")
+sys.modules["mtcnn"] = types.ModuleType("mtcnn")
 import align_faces, numpy as np
 align_faces.start_worker = lambda *parent: None
 places = np.array([[30.0, 30], [60, 30], [45, 45], [32, 60], [58, 60]])
