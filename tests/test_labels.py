@@ -301,7 +301,7 @@ def test_written_csv_has_names_of_classes(tmp_path):
 
 
 def test_written_list_counts_from_one(tmp_path):
-    write_labels(tmp_path / "labels.txt", ["a.jpg", "b.jpg"], torch.tensor([1, 0]), ("anger", "fear"), "list")
+    write_labels(tmp_path / "labels.txt", ["a.jpg", "b.jpg"], torch.tensor([1, 0]), ("anger", "very happy"), "list")
     assert (tmp_path / "labels.txt").read_text() == "a.jpg 2\nb.jpg 1\n"
 
 
