@@ -308,7 +308,11 @@ PAGES = [
     (
         "FERPlus, dlib's face recognition network, all images",
         {"ferplus-dlib-all-0": "0 %:", "ferplus-dlib-all-20": "20 %:", "ferplus-dlib-all-40": "40 %:"},
-        "",
+        """- One seed: a difference of one point may be chance.
+- Without injected noise no method harms: in last5 NCCTFER is 0.8 points below one network, the cycle 0.4, SCN level.
+  Co-curing is 1.3 points ahead of it, and 0.7 ahead of two networks.
+- In the last epoch Co-curing has replaced 1,490 of the 25,045 labels, SCN 2,286. The cycle keeps 83 % of the labels. It
+  is best in epoch 3 (84.6), the last one that trains on all labels.""",
     ),
     (
         "FERPlus, 48 px, from scratch, all images, 30 % symmetric noise",

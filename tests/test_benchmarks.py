@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,11 +70,18 @@ def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
 
 
 def test_a_suite_makes_its_label_files_once_and_trains_on_them(suite, tmp_path, monkeypatch):
-    made = "inject_noise.py --data toy --noise 0.4 --output machine-x.csv"  # fails where the file exists
+    made, started, honest = "inject_noise.py --data toy --noise 0.4 --output machine-x.csv", [], subprocess.run
+
+    def remember(command, **options):
+        started.append(" ".join(map(str, command)))
+        return honest(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", remember)
     what = compare.SUITES["small"]
     flags = what["flags"].replace("--noise 0.4", "") + " --labels machine-x.csv"
     monkeypatch.setitem(compare.SUITES, "small", what | {"before": {"machine-x.csv": made}, "flags": flags})
     assert compare.main([*suite, "--rows", "scn"]) == 0
+    assert sum("inject_noise.py" in command for command in started) == 1
     run = tmp_path / "runs" / "small"
     given = dict(line.split(",")[:2] for line in (run / "scn-s1" / "labels.csv").read_text().splitlines()[1:])
     assert given.items() <= dict(line.split(",") for line in (run / "machine-x.csv").read_text().splitlines()).items()
@@ -83,7 +91,7 @@ def test_a_suite_makes_its_label_files_once_and_trains_on_them(suite, tmp_path, 
 
 
 def test_commands_before_go_on_where_they_stopped_and_a_failure_ends_all(suite, tmp_path, monkeypatch, capfd):
-    first = "inject_noise.py --data toy --noise 0.4 --output machine-a.csv"  # fails where the file exists
+    first = "inject_noise.py --data toy --noise 0.4 --output machine-a.csv"
     second = "inject_noise.py --data toy --noise 2 --output machine-b.csv"
     before = {"machine-a.csv": first, "machine-b.csv": second}
     monkeypatch.setitem(compare.SUITES, "small", compare.SUITES["small"] | {"before": before})
