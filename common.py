@@ -9,6 +9,7 @@ in shapes: N samples, C classes or channels (said where), H and W pixels, B the 
 import collections
 import functools
 import hashlib
+import io
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -164,8 +165,10 @@ def write_atomically(path, write) -> None:
 
 
 def save_checkpoint(path, **state) -> None:
-    """torch.save(state), atomically."""
-    write_atomically(path, functools.partial(torch.save, state))
+    """torch.save(state), atomically. In memory first: PyTorch 2.6 does not notice that a disk is full."""
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    write_atomically(path, lambda file: file.write_bytes(whole.getbuffer()))
 
 
 def load_checkpoint(path) -> dict:

@@ -489,15 +489,6 @@ class Run:
             raise UserError(f"{path}: has a damaged line; mend it, or --overwrite discards the run") from None
         return records
 
-    def save(self, name: str, **state) -> None:
-        """save_checkpoint, whose error on a full disk is an OSError as in any other file."""
-        try:
-            save_checkpoint(self.folder / name, method=self.args.method, **state)
-        except RuntimeError as error:  # torch's own writer has no other
-            if out_of_memory(error) or "CUDA" in str(error):
-                raise
-            raise OSError(f"{name}: no space left?") from None
-
     def end_epoch(self, epoch: int, scalars: dict, probs: Tensor, labels: Tensor | None = None) -> None:
         """A line in metrics.jsonl and on the screen, scalars in TensorBoard, then last.pt.
 
@@ -528,7 +519,8 @@ class Run:
                  f"{self.args.split} {scalars['accuracy/test']:.1%}"]
         shown += [f"relabelled {scalars['relabel/changed']}"] if "relabel/changed" in scalars else []
         shown += [f"correct labels {scalars['labels/accuracy']:.1%}"] if "labels/accuracy" in scalars else []
-        self.save("last.pt", epoch=epoch, table=self.table, **self.states())
+        about = {"method": self.args.method, "epoch": epoch, "table": self.table}
+        save_checkpoint(self.folder / "last.pt", **about, **self.states())
         print(f"epoch {epoch:3d}/{self.args.epochs}  " + "  ".join(shown) + f"  {seconds:.1f} s", flush=True)
 
     def finish(self, probs: Tensor, networks: list[nn.Module], labels: Tensor | None = None, **pictures) -> None:
@@ -559,7 +551,8 @@ class Run:
         self.write_hparams(results)
         self.writer.flush()
         states, settings = [network.state_dict() for network in networks], json.loads(json.dumps(self.settings))
-        self.save("model.pt", classes=list(train.classes), args=settings, networks=states)
+        about = {"method": self.args.method, "classes": list(train.classes), "args": settings}
+        save_checkpoint(self.folder / "model.pt", **about, networks=states)
         if train.clean is not None:
             first = order[:100]
             wrong = (train.labels != train.clean)[first].sum().item()

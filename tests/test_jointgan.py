@@ -648,8 +648,7 @@ def test_a_run_is_not_resumed_on_another_second_label_set(tiny, tmp_path, monkey
     files = [tmp_path / name for name in ("one.csv", "two.csv")]
     for file in files:
         write_labels(file, train.names, train.labels, train.classes)
-    flags = ["--noise-seed", "1", "--lambda", "0", "--epochs", "2", "--out", str(tmp_path), "--name", "run"]
-    flags = [*tiny, *SMALL, *flags, "--labels", *map(str, files)]
+    flags = [*tiny[2:], *SMALL, "--lambda", "0", "--out", str(tmp_path), "--name", "run", "--labels", *map(str, files)]
     end_epoch = Run.end_epoch
 
     def end(run, *arguments):

@@ -210,7 +210,8 @@ def test_a_step_copies_nothing_to_or_from_the_device_but_the_index(method, monke
         epoch_of(method, batches, device="meta")
     # The cycle looks up in a copy on the CPU which samples of the batch have no label, and copies their places.
     look_up = ["index", "bitwise_not", "nonzero", "select", "_to_copy"] if method is twostage else []
-    assert mode.seen == ["_to_copy", *look_up] * 3
+    seen = [name for name in mode.seen if name != "slice"]  # in PyTorch 2.6 a column is a slice first
+    assert seen == ["_to_copy", *look_up] * 3
 
 
 def test_the_watch_sees_what_waits():
