@@ -152,7 +152,9 @@ def reports_errors(main):
         try:
             status = run_as_one(common.processes, run, argv)
             if status == 0:  # after an error a group may wait for processes that are no more
-                dist.destroy_process_group()
+                held = common.processes.sum(torch.zeros(1))  # in PyTorch 2.6 a thread of the group that frees the last
+                dist.destroy_process_group()  # tensor waits for Python's lock, and this for the thread
+                del held
             return status
         finally:
             hook.remove()
