@@ -152,9 +152,11 @@ def reports_errors(main):
         try:
             status = run_as_one(common.processes, run, argv)
             if status == 0:  # after an error a group may wait for processes that are no more
-                held = common.processes.sum(torch.zeros(1))  # in PyTorch 2.6 a thread of the group that frees the last
-                dist.destroy_process_group()  # tensor waits for Python's lock, and this for the thread
-                del held
+                # In PyTorch 2.6 a thread of the group that frees the last tensor waits for Python's lock, which the end
+                # of the group holds while it waits for the thread: so this tensor is held, and all others are free.
+                with contextlib.suppress(RuntimeError):  # another process failed in its last lines, and is gone
+                    held = common.processes.sum(torch.zeros(1))  # noqa: F841
+                dist.destroy_process_group()
             return status
         finally:
             hook.remove()
