@@ -543,7 +543,7 @@ def load_train_index(args) -> tuple[Index, Tensor, Tensor | None]:
         labels = inject(own, index.classes, args.noise, args.noise_type, args.noise_seed)
     if len(labels.unique()) < 2:
         what = args.labels or f"the training images of {args.root}"
-        raise UserError(f"--data {args.data}: {what} have fewer than two classes")
+        raise UserError(f"--data {args.data}: fewer than two classes in {what}")
     return index, labels, None if labels is own else own
 
 
