@@ -42,7 +42,7 @@ if __name__ == "__main__":
     sys.excepthook = say_interrupted
 
 import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw, ImageOps  # noqa: E402
+from PIL import ExifTags, Image, ImageDraw  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -111,8 +111,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count(),
-        help="processes, each with a detector of its own (default: the number of cores, %(default)s)",
+        default=min(os.cpu_count() or 1, 32),
+        help="processes, each with a detector of its own (default: the number of cores, at most 32: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="do everything anew")
     args = parser.parse_args(argv)
@@ -136,11 +136,13 @@ def template(size: int, margin: float) -> np.ndarray:
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The rotation, scale and shift A, float64 (2, 3), that minimises sum |A (x, y, 1) - (x', y')|^2.
 
-    source, target: (N, 2), N >= 2 and not all one point. (With points as complex numbers z, it is linear: z' = a z +
-    b.)
+    source, target: (N, 2). Raises ValueError where all points of the source are one. (With points as complex numbers z,
+    it is linear: z' = a z + b.)
     """
     z, w = (points[:, 0] + 1j * points[:, 1] for points in (np.asarray(source, float), np.asarray(target, float)))
     centred = z - z.mean()
+    if not centred.any():
+        raise ValueError("all landmarks are one point")
     a = (centred.conj() * (w - w.mean())).sum() / (abs(centred) ** 2).sum()
     b = w.mean() - a * z.mean()
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
@@ -196,11 +198,29 @@ def watch(parent: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
+TURNS = {  # of the EXIF tag Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned by its EXIF tag alone: Pillow's exif_transpose writes the other tags anew, and fails on odd ones."""
+    image.load()  # a TIFF turns itself
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
 def open_photograph(path: Path) -> Image.Image:
     """RGB, upright by its EXIF tag. Raises UserError for what cannot be read as a photograph."""
     try:
         with Image.open(path, formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = upright(opened)
             if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
@@ -236,17 +256,17 @@ def align(job: tuple[str, str], args) -> list[dict]:
     try:
         image = open_photograph(args.photos / source)
         faces = choose(find_faces(image, args), args.face, *image.size)
+        crops = [crop(image, face["landmarks"], args.size, args.margin) for face in faces]
     except MemoryError:  # of the detector: the next photographs would fail too
         raise
     except Exception as error:  # whatever the detector raises, the other photographs go on
         return [row | {"status": f"unreadable: {reason_of(error)}"}]
     rows = []
-    for number, face in enumerate(faces):
+    for number, (face, face_image) in enumerate(zip(faces, crops)):
         name = output if number == 0 else f"{output.removesuffix(f'.{args.format}')}_{number + 1}.{args.format}"
         path = args.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = "JPEG" if args.format == "jpg" else "PNG"
-        face_image = crop(image, face["landmarks"], args.size, args.margin)
         write_whole(path, lambda file, face_image=face_image: face_image.save(file, kind, quality=95))
         numbers = {key: " ".join(f"{value:.1f}" for value in np.ravel(face[key])) for key in ("box", "landmarks")}
         rows.append(row | numbers | {"output": name, "confidence": f"{face['confidence']:.4f}", "status": "ok"})
@@ -539,7 +559,9 @@ def main(argv=None) -> int:
                 handlers[number] = signal.signal(number, interrupt)
     try:
         run(parse_args(argv))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            error = "out of memory: fewer --workers or a smaller --detect-size take less"
         print(one_line(f"align_faces.py: error: {error}"), file=sys.stderr)
         return 2
     except SystemExit as exit_:

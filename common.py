@@ -1,4 +1,4 @@
-"""Data and backbone utilities: device and precision, backbones and their weights, batches and augmentation, metrics.
+"""Data and backbone utilities: device and precision, backbones and their weights, batches, means over an epoch.
 
 Nothing of any method is here, and nothing of the project is imported: this file can be copied beside a script.
 All randomness is a function of (seed, epoch, what it is for), never of a state that is carried along: an epoch draws
@@ -110,35 +110,36 @@ def make_backbone(args, inputs: Tensor | None = None) -> tuple[nn.Module, int]:
     if args.pretrained == "imagenet":
         try:
             backbone = BACKBONES[args.backbone](weights="IMAGENET1K_V1")
-        except (OSError, TypeError) as error:
-            raise UserError(f"--pretrained imagenet: no such weights for {args.backbone} ({error})") from None
+        except Exception as error:  # no such weights, no network, a damaged file in torch's cache
+            raise UserError(f"--pretrained imagenet for {args.backbone}: not there, or damaged ({error!r}); downloads "
+                            f"are kept in {torch.hub.get_dir()}/checkpoints") from None
     else:
         backbone = BACKBONES[args.backbone]()
     if args.pretrained not in ("none", "imagenet"):
         count = backbone.load_pretrained(args.pretrained, inputs) if own else load_pretrained(backbone, args.pretrained)
         print(f"{args.pretrained}: {count} tensors loaded")
-    width = backbone.fc.in_features
-    backbone.fc = nn.Identity()
+    width, backbone.fc = backbone.fc.in_features, nn.Identity()
     return backbone, width
 
 
 def load_pretrained(model: nn.Module, path) -> int:
     """Load the backbone of a checkpoint into `model`; returns the number of tensors loaded.
 
-    Read are plain torchvision state dicts, {'state_dict': ...} and this project's model.pt (its first network). The
-    prefixes "module." and "backbone." are stripped, classification layers dropped. Every backbone tensor of the model
-    must be there in its shape, and none may be left over: otherwise UserError, which lists both key sets.
+    Read are torchvision's state dicts, also under "state_dict", "model_state_dict" or "model", and this project's
+    model.pt (its first network). The prefixes "module." and "backbone." are stripped, classification layers dropped.
+    Every backbone tensor of the model must be there in its shape, none left over: otherwise UserError with both sets.
     """
-    path = Path(path)
-    if path.suffix == ".pkl":
+    if Path(path).suffix == ".pkl":
         how = "{k: torch.from_numpy(v) for k, v in pickle.load(open(f, 'rb'), encoding='latin1').items()}"
         raise UserError(f"{path}: a pickle is unsafe; convert it where you trust it: torch.save({how}, 'weights.pth')")
     state = load_checkpoint(path)
-    if isinstance(state.get("networks"), list):  # heads have other names in every method
-        state = {key: value for key, value in state["networks"][0].items() if key.startswith("backbone.")}
-    state = state.get("state_dict", state)
+    for key in ("state_dict", "model_state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    match state:
+        case {"networks": [dict(state), *_]}:  # heads have other names in every method
+            state = {key: value for key, value in state.items() if key.startswith("backbone.")}
     heads, found = ("fc.", "feature.", "head.", "classifier."), {}
-    for key, value in state.items():
+    for key, value in zip(map(str, state), state.values()):
         while key.startswith(("module.", "backbone.")):
             key = key.split(".", 1)[1]
         if isinstance(value, Tensor) and key and not key.startswith(heads):
@@ -149,7 +150,7 @@ def load_pretrained(model: nn.Module, path) -> int:
     wrong += sorted(key for key in set(wanted) & set(found) if wanted[key].shape != found[key].shape)
     if wrong:
         raise UserError(f"{path}: the weights are of another backbone, {len(wrong)} tensors do not match ({wrong[0]}); "
-                        f"the file has: {' '.join(sorted(found))}; the network has: {' '.join(sorted(wanted))}")
+                        f"the file has: {' '.join(sorted(found)) or '-'}; the network has: {' '.join(sorted(wanted))}")
     model.load_state_dict(model.state_dict() | found)
     return len(found)
 

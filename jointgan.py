@@ -74,7 +74,7 @@ def parse_args(argv=None):
         "of the squared distance of the logits from their mean (ours)")
     add("--authors-vgg", action="store_true", help="the encoder of the official code: no batch normalisation, two "
         "fully connected layers with dropout, valence and arousal without tanh")
-    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all networks (paper: 1)")
+    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all networks (1: 64 to 512, as the official code)")
     add("--crop", type=number(int, 0), help="pad by so many pixels and crop (official code, CIFAR-10: 4)")
     add("--rotate", type=number(float, 0, 180), help="random rotation, +- degrees (official code, faces: 10)")
     add("--shift", type=number(float, 0, 1), help="random shift, share of the size (official, faces: 10 of 64 pixels)")
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     args = parse_with_presets(parser, PRESETS, argv)
     if not (args.joint or args.marginal):
         parser.error("--no-joint --no-marginal leaves no score: --lambda 0 is training without the GAN")
-    if args.size & (args.size - 1) or args.size < 32:
+    if args.size and (args.size & (args.size - 1) or args.size < 32):
         parser.error(f"--size {args.size}: the decoder doubles from 4 pixels, it needs a power of two from 32 on")
     if args.va_labels and (args.va_noise or not args.va):
         parser.error("--va-labels brings its own noise and is there to be used: neither --va-noise nor --no-va goes "

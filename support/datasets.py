@@ -23,11 +23,14 @@ from support.decoding import (
     csv_rows,
     decode_all,
     in_threads,
+    label_base,
     list_folder,
     list_images,
+    numbered,
     once,
     read_npy,
     read_pickle,
+    read_rows,
     reading,
     size_and_mode,
     text_lines,
@@ -57,6 +60,10 @@ SYNONYMS = {
     "contemptuous": "contempt",
 }
 RAF_CLASSES = CANONICAL[:7]  # labels 1..7 in its files
+RAF_SIZES = {  # images of each class, in the order of RAF_CLASSES
+    "train": (1290, 281, 717, 4772, 1982, 705, 2524),
+    "test": (329, 74, 160, 1185, 478, 162, 680),
+}
 FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
 FERPLUS_HEADER = ["Usage", "Image name", *FERPLUS_CLASSES, "unknown", "NF"]  # NF: not a face
 # Names that its authors' fer2013new.csv gives to two images each.
@@ -116,61 +123,19 @@ def not_found(data: str, root, missing) -> UserError:
     )
 
 
-def label_base(values, num_classes: int, where) -> int:
-    """Whether integer labels count from 0 or from 1: found from the smallest and the largest, never guessed."""
-    low, high = min(values), max(values)
-    if low == 0 and high <= num_classes - 1:
-        return 0
-    if low >= 1 and high == num_classes:
-        return 1
-    if low < 0 or high > num_classes or (low == 0 and high == num_classes):
-        raise UserError(f"{where}: labels from {low} to {high} are outside the {num_classes} classes")
-    raise UserError(
-        f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; "
-        "write class names instead"
-    )
-
-
-def read_rows(path) -> tuple[list[tuple[int, str, str]], bool]:
-    """(line number, name, label) of each line of a list, and whether the list has a header, as a csv of names does.
-
-    Without a header a line ends in a blank and a number, or is divided by a comma, or by its last blank.
-    """
-    lines = list(text_lines(path))
-    header = bool(lines) and lines[0][1].lower() in ("name,label", "image,label")
-    rows = []
-    for line_number, line in lines[header:]:
-        blank = not header and (re.search(r"[^\s,]\s+-?\d+$", line) or "," not in line)
-        with reading(f"{path}, line {line_number}", "a name and a label"):
-            fields = [text.strip() for text in (line.rsplit(None, 1) if blank else next(csv.reader([line])))]
-            if len(fields) != 2 or not all(fields):
-                raise ValueError(f"{line[:80]!r}")
-        rows.append((line_number, *fields))
-    return rows, header
-
-
-def numbered(rows, path, num_classes: int) -> tuple[list[tuple[int, str, int]], int]:
-    """The rows of `read_rows` with numbers for labels, and 0 or 1, what they count from.
-
-    Raises UserError for a line outside 0..num_classes and a list whose base is unclear.
-    """
-    found = []
-    for line_number, name, text in rows:
-        with reading(f"{path}, line {line_number}", "a name and a label"):
-            found.append((line_number, name, as_int(text)))
-        if not 0 <= found[-1][2] <= num_classes:
-            raise UserError(f"{path}, line {line_number}: label {text} is outside the {num_classes} classes")
-    first = {number: line_number for line_number, _, number in reversed(found)}
-    if 0 in first and num_classes in first:
-        raise UserError(
-            f"{path}, lines {first[0]} and {first[num_classes]}: labels 0 and {num_classes}, but {num_classes} classes "
-            "count from 0 or from 1"
-        )
-    return found, label_base([number for _, _, number in found], num_classes, path) if found else 0
-
-
 def read_raf(root: Path, split: str) -> Index:
-    """RAF-DB basic: the official layout (also with one list per split), or the Kaggle one. See docs/data.md."""
+    """RAF-DB basic, see docs/data.md; UserError where its labels are numbered in the order of another data set."""
+    index = read_raf_layout(root, split)
+    sizes = tuple(index.labels.count(label) for label in range(len(RAF_CLASSES)))
+    if sizes != RAF_SIZES[split] and sorted(sizes) == sorted(RAF_SIZES[split]):
+        order = [RAF_CLASSES[RAF_SIZES[split].index(size)] for size in sizes]
+        raise UserError(f"--data raf: by their sizes the classes of {root} are {', '.join(order)}: number them in the "
+                        f"order {', '.join(RAF_CLASSES)}")
+    return index
+
+
+def read_raf_layout(root: Path, split: str) -> Index:
+    """The official layout (also with one list per split), or the Kaggle one."""
     if root.name != "basic" and (root / "basic").is_dir():
         root = root / "basic"
     folder = root / "EmoLabel" if (root / "EmoLabel").is_dir() else root
@@ -198,6 +163,7 @@ def read_raf_list(root: Path, path: Path, split: str) -> Index:
     rows, base = numbered(read_rows(path)[0], path, 7)
     index = Index([], [], RAF_CLASSES)
     for line_number, name, number in once(rows, path, name_key):
+        name = name.replace("\\", "/")
         file = Path(name).name
         if not file.startswith(splits):
             raise UserError(f"{path}, line {line_number}: {name} does not begin with {' or '.join(splits)}")
@@ -254,7 +220,9 @@ def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, 
     The votes: neutral, happiness, surprise, sadness, anger, disgust, fear, contempt, unknown, not a face.
     """
     folder = root / {"train": "FER2013Train", "valid": "FER2013Valid", "test": "FER2013Test"}[split]
-    if folder.is_dir():
+    pair = root / "fer2013new.csv", root / "fer2013.csv"
+    paired = all(path.is_file() for path in pair)
+    if folder.is_dir() and not (paired and not any(folder.glob("*.png"))):  # its authors publish the votes alone
         table = folder / "label.csv"
         if not table.is_file():
             raise not_found("ferplus", root, f"{folder.name}/label.csv")
@@ -263,10 +231,10 @@ def ferplus_votes(root: Path, split: str) -> tuple[list[str], np.ndarray, list, 
             if not re.fullmatch(r"\(0, *0, *48, *48\)", box):
                 raise UserError(f"{table}, line {n}: {box!r}, where the box of the face is expected, (0, 0, 48, 48)")
             rows.append((n, name, (read_votes(votes, f"{table}, line {n}"), folder / name)))
-    elif (root / "fer2013.csv").is_file() and (root / "fer2013new.csv").is_file():
-        table = root / "fer2013new.csv"
+    elif paired:
+        table = pair[0]
         usage = {"train": "Training", "valid": "PublicTest", "test": "PrivateTest"}[split]
-        rows = ferplus_table(table, root / "fer2013.csv", usage)
+        rows = ferplus_table(*pair, usage)
     else:
         raise not_found("ferplus", root, f"{folder.name}/label.csv (or fer2013.csv with fer2013new.csv)")
     rows = once(rows, table)
@@ -506,7 +474,7 @@ def keep_classes(index: Index, args) -> Index:
     classes = tuple(c for c in index.classes if c != "contempt" or args.classes == 8)
     if len(classes) != args.classes:
         raise UserError(
-            f"--classes {args.classes}: --data {args.data} has {len(index.classes)}: {', '.join(index.classes)}"
+            f"--classes {args.classes}: --data {args.data} has {len(classes)} of these: {', '.join(classes)}"
         )
     index = index.take([i for i, label in enumerate(index.labels) if index.classes[label] in classes])
     index.labels = [classes.index(index.classes[label]) for label in index.labels]
@@ -653,7 +621,8 @@ def name_key(name: str) -> str:
 def key_of(index: Index):
     """How the names of a label file are matched: by `name_key`, or as a whole where that does not tell images apart."""
     keys = {name_key(name) for name in index.names}
-    return name_key if len(keys) == len(index.names) and not any("/" in name for name in index.names) else str
+    plain = len(keys) == len(index.names) and not any("/" in name for name in index.names)
+    return name_key if plain else lambda name: name.replace("\\", "/")
 
 
 def look_up(rows, index: Index, path, what: str) -> list:

@@ -26,7 +26,7 @@ from support.streams import UNPRINTABLE, one_line
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -112,6 +112,60 @@ def csv_rows(path, columns: int | None = None):
                     raise UserError(f"{path}, line {reader.line_num}: {len(row)} fields, expected {columns}")
                 if row:
                     yield reader.line_num, [text.strip() for text in row]
+
+
+def read_rows(path) -> tuple[list[tuple[int, str, str]], bool]:
+    """(line number, name, label) of each line of a list, and whether the list has a header, as a csv of names does.
+
+    Without a header a line ends in a blank and a number, or is divided by a comma, or by its last blank.
+    """
+    lines = list(text_lines(path))
+    first = re.sub(r'["\s]', "", lines[0][1].lower()) if lines else ""
+    header = first in ("name,label", "image,label", "filename,label")
+    rows = []
+    for line_number, line in lines[header:]:
+        blank = not header and (re.search(r"[^\s,]\s+-?\d+$", line) or "," not in line)
+        with reading(f"{path}, line {line_number}", "a name and a label"):
+            fields = [text.strip() for text in (line.rsplit(None, 1) if blank else next(csv.reader([line])))]
+            if len(fields) != 2 or not all(fields):
+                raise ValueError(f"{line[:80]!r}")
+        rows.append((line_number, *fields))
+    return rows, header
+
+
+def label_base(values, num_classes: int, where) -> int:
+    """Whether integer labels count from 0 or from 1: found from the smallest and the largest, never guessed."""
+    low, high = min(values), max(values)
+    if low == 0 and high <= num_classes - 1:
+        return 0
+    if low >= 1 and high == num_classes:
+        return 1
+    if low < 0 or high > num_classes or (low == 0 and high == num_classes):
+        raise UserError(f"{where}: labels from {low} to {high} are outside the {num_classes} classes")
+    raise UserError(
+        f"{where}: labels from {low} to {high} may count from 0 or from 1, neither 0 nor {num_classes} occurs; "
+        "write class names instead"
+    )
+
+
+def numbered(rows, path, num_classes: int) -> tuple[list[tuple[int, str, int]], int]:
+    """The rows of `read_rows` with numbers for labels, and 0 or 1, what they count from.
+
+    Raises UserError for a line outside 0..num_classes and a list whose base is unclear.
+    """
+    found = []
+    for line_number, name, text in rows:
+        with reading(f"{path}, line {line_number}", "a name and a label"):
+            found.append((line_number, name, as_int(text)))
+        if not 0 <= found[-1][2] <= num_classes:
+            raise UserError(f"{path}, line {line_number}: label {text} is outside the {num_classes} classes")
+    first = {number: line_number for line_number, _, number in reversed(found)}
+    if 0 in first and num_classes in first:
+        raise UserError(
+            f"{path}, lines {first[0]} and {first[num_classes]}: labels 0 and {num_classes}, but {num_classes} classes "
+            "count from 0 or from 1"
+        )
+    return found, label_base([number for _, _, number in found], num_classes, path) if found else 0
 
 
 def read_npy(path) -> float:
@@ -281,10 +335,34 @@ def list_images(folders: list[Path]) -> list[list[Path]]:
             images += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             passed_over.update(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_SUFFIXES)
         lists.append(sorted(images))
-    if passed_over:
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(passed_over.items()))
-        print(f"{folders[0].parent}: images that are not read, for their formats: {counts}")
+    say_passed_over(folders[0].parent if folders else None, passed_over)
     return lists
+
+
+def say_passed_over(where, counts: Counter) -> None:
+    """counts: suffix -> number of files."""
+    if counts:
+        listing = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items()))
+        print(f"{where}: images that are not read, for their formats: {listing}")
+
+
+def images_below(top: Path) -> list[Path]:
+    """The images at any depth of a folder that need not be classes, by name, links followed, each folder once.
+
+    Not the hidden ones, nor the sheets of align_faces.py. Formats that are not read are counted on the screen.
+    """
+    paths, met, passed_over = [], set(), Counter()
+    for folder, inner, names in os.walk(top, followlinks=True):
+        here = os.path.realpath(folder)
+        inner[:] = [name for name in inner if not name.startswith(".") and here not in met]
+        for path in [Path(folder, name) for name in names if not name.startswith(".") and here not in met]:
+            sheet = path.name == "faces.png" and path.with_suffix(".csv").exists()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not sheet:
+                paths.append(path)
+            passed_over[path.suffix.lower()] += path.suffix.lower() in OTHER_SUFFIXES
+        met.add(here)
+    say_passed_over(top, +passed_over)
+    return sorted(paths)
 
 
 @dataclass(frozen=True)
@@ -320,13 +398,31 @@ def open_image(source) -> Image.Image:
     return Image.open(source, formats=FORMATS)
 
 
+TURNS = {  # of the EXIF tag Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned by its EXIF tag alone: Pillow's exif_transpose writes the other tags anew, and fails on odd ones."""
+    image.load()  # a TIFF turns itself
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
 def decode(source, size: tuple[int, int], grey: bool) -> np.ndarray:
     """uint8 (C, H, W) of a source, turned upright by its EXIF tag, resized to (width, height) `size`, not cropped.
 
     Raises UserError for an image that is missing, damaged, or of a format or depth that is not read.
     """
     with reading(place_of(source), "an image"), open_image(source) as opened:
-        image = ImageOps.exif_transpose(opened)
+        image = upright(opened)
         if image.mode == "F":
             raise ValueError("grey values in floating point, of unknown range")
         if image.mode.startswith("I"):  # 16 bits: Pillow would clip them

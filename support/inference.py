@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support import figures
 from support.datasets import read_index
-from support.decoding import IMAGE_SUFFIXES, decode, decode_all
+from support.decoding import IMAGE_SUFFIXES, decode, decode_all, images_below
 from support.metrics import accuracy_scalars, confusion_matrix
 from support.runs import PRECISIONS, SIZES, is_unfinished
 from support.streams import out_of_memory, reason_of
@@ -25,12 +25,13 @@ from common import UserError, find_device, load_checkpoint, write_atomically
 EVALUATION, PREDICTIONS = ("evaluation.json", "confusion.png"), ("predictions.csv", "predictions.png")
 
 
-def load_model(path, device: torch.device, restore: Callable | None = None, method: str | None = None):
+def load_model(path, device: torch.device, restore: Callable | None = None, method: str | None = None, precision=None):
     """The content of a model.pt, and its model as a function of images.
 
     restore: that of the script which calls; without it that of the script `<method>.py` beside common.py. method:
-    refuse checkpoints of another one. The function takes uint8 images (N, C, H, W) and returns softmax outputs
-    (N, classes), and valence and arousal (N, 2) or None, on the CPU. Raises UserError with the path for any other file.
+    refuse checkpoints of another one. precision: None is that of the training. The function takes uint8 images
+    (N, C, H, W) and returns softmax outputs (N, classes), and valence and arousal (N, 2) or None, on the CPU. Raises
+    UserError with the path for any other file.
     """
     state = load_checkpoint(path)
     kinds = {"method": str, "classes": list, "args": dict, "networks": list}
@@ -42,6 +43,7 @@ def load_model(path, device: torch.device, restore: Callable | None = None, meth
         restore = restore_of(state["method"], path)
     args = argparse.Namespace(**{str(key): value for key, value in state["args"].items()})
     args.pretrained, args.compile, here = "none", False, torch.device("meta")
+    args.precision = precision or getattr(args, "precision", None)
     try:
         check_content(state["networks"], state["classes"], args)
         with here, warnings.catch_warnings():  # shapes are compared before memory is taken for what the arguments say
@@ -91,10 +93,10 @@ def use_checkpoint(args, restore: Callable) -> int:
     """
     path = Path(args.evaluate or args.predict[0])
     folder = Path(args.out) / args.name
-    state, predictor = load_model(path, find_device(args.device), restore, args.method)
-    own = state["args"].get("backbone")
-    if getattr(args, "backbone", None) not in (None, own):
-        raise UserError(f"{path}: a checkpoint of --backbone {own}, not of {args.backbone}")
+    state, predictor = load_model(path, find_device(args.device), restore, args.method, args.precision)
+    for key in ("backbone", "size"):  # None: not on the command line
+        if getattr(args, key, None) not in (None, own := state["args"].get(key)):
+            raise UserError(f"{path}: a checkpoint of --{key} {own}, not of {getattr(args, key)}")
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
     ours = (*EVALUATION, *PREDICTIONS)
@@ -115,9 +117,12 @@ def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) ->
     """Accuracy, mean class accuracy, a table per class and the confusion matrix on the evaluated split of --data."""
     args.size, known = state["args"]["size"], state["classes"]
     index = read_index(args, args.split)
-    if set(index.classes) != set(known):
+    if unknown := [name for name in index.classes if name not in known]:
+        hint = "; --classes 7 drops contempt" if unknown == ["contempt"] else ""
         raise UserError(f"the model knows the classes {', '.join(known)}, --data {args.data} has "
-                        f"{', '.join(index.classes)}; --classes 7 drops contempt")
+                        f"{', '.join(index.classes)}{hint}")
+    if more := [name for name in known if name not in index.classes]:
+        print(f"these data have no {', '.join(more)}: the model chooses among the other classes")
     probs, _ = predictor(decode_all(index, args, args.split))
     probs = probs[:, [known.index(name) for name in index.classes]]  # into the order of the data set
     labels = torch.tensor(index.labels)
@@ -143,14 +148,7 @@ def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None
     """predictions.csv, a line per image: name, class, the probability of each class; and a sheet of the first ones."""
     paths = []
     for given in map(Path, args.predict[1:]):
-        if given.is_dir():
-            for path in sorted(given.rglob("*")):
-                hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-                sheet = path.name == "faces.png" and path.with_suffix(".csv").exists()  # of align_faces.py
-                if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not sheet:
-                    paths.append(path)
-        else:
-            paths.append(given)  # whatever its suffix: a file that is no image is an error
+        paths += images_below(given) if given.is_dir() else [given]  # a file that is no image is an error
     if not paths:
         raise UserError(f"--predict: no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(args.predict[1:])}")
     size, classes, parts, shown = state["args"]["size"], state["classes"], [], None

@@ -85,7 +85,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A vector (N, inputs) -> features (N, width): a layer and four residual branches of two, spectrally normalised."""
+    """A vector (N, inputs) -> features (N, width): a layer, then four residual branches of two one after another; spectral norm."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()

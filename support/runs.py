@@ -203,7 +203,7 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
     parser.set_defaults(root=f"data/{early.data}", noise_seed=early.seed, **preset)
     parser.set_defaults(oversample=early.data.startswith("affectnet"))
     if early.evaluate or early.predict:
-        parser.set_defaults(backbone=None)  # that of the checkpoint
+        parser.set_defaults(backbone=None, size=None, precision=None)  # those of the checkpoint
     args = parser.parse_args(argv)
     check_data_args(args, parser)
     if args.resume and args.overwrite:
@@ -215,9 +215,9 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
     if args.predict and len(args.predict) < 2:
         parser.error("--predict takes a model.pt and then images or folders of images")
     least = getattr(BACKBONES.get(getattr(args, "backbone", None)), "size", 0)
-    if args.size < least and not (args.evaluate or args.predict):
+    if args.size and args.size < least:
         parser.error(f"--size {args.size}: --backbone {args.backbone} needs {least} pixels or more")
-    if getattr(args, "crop", 0) >= args.size:
+    if args.size and getattr(args, "crop", 0) >= args.size:
         parser.error(f"--crop {args.crop}: as large as the image or larger, --size {args.size}")
     args.method = parser.method
     if args.name is None:
@@ -391,6 +391,8 @@ class Run:
             done = self.restore(data)
             print(f"{self.folder}: going on after epoch {done}")
         else:
+            if self.args.resume:
+                print(f"{self.folder}: no checkpoint to --resume, the run begins")
             for file in [*(self.folder / name for name in OUTPUTS), *self.folder.glob("events.out.tfevents.*")]:
                 file.unlink(missing_ok=True)
             about = {"argv": self.args.argv, "versions": versions(), "commit": commit(), "fingerprint": data}

@@ -453,7 +453,7 @@ def test_photographs_that_were_mended_or_replaced_are_looked_at_again(fake, tmp_
     assert "3 of 3 photographs are done already" in capsys.readouterr().out
 
 
-def test_what_the_detector_raises_is_a_row(fake, tmp_path, monkeypatch):
+def test_what_the_detector_raises_is_a_row(fake, tmp_path, monkeypatch, capsys):
     def fail(error):
         def find(image, args):
             if image.size == (80, 80):
@@ -468,8 +468,30 @@ def test_what_the_detector_raises_is_a_row(fake, tmp_path, monkeypatch):
     assert align(tmp_path / "photos", tmp_path / "out") == 0
     assert [own[0]["status"] for own in manifest(tmp_path / "out").values()] == ["ok", "unreadable: no shape", "ok"]
     fail(MemoryError())
-    with pytest.raises(MemoryError):
-        align(tmp_path / "photos", tmp_path / "out")
+    assert align(tmp_path / "photos", tmp_path / "out", "--overwrite") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("align_faces.py: error: out of memory: fewer")
+
+
+def test_a_face_that_cannot_be_cropped_is_a_row(fake, tmp_path, monkeypatch):
+    def find(image, args):
+        faces = one_face(image, args, 2)
+        faces[1]["landmarks"] = np.full((5, 2), 7.0) if image.size == (80, 80) else faces[1]["landmarks"]
+        return faces
+
+    monkeypatch.setattr(align_faces, "find_faces", find)
+    for name, size in (("a", 100), ("b", 80), ("c", 100)):
+        photograph(tmp_path / "photos" / f"{name}.png", size=(size, size))
+    assert align(tmp_path / "photos", tmp_path / "out", "--face", "all") == 0
+    rows = manifest(tmp_path / "out")
+    assert [own[0]["status"].split(":")[0] for own in rows.values()] == ["ok", "unreadable", "ok"]
+    assert rows["b.png"][0]["status"] == "unreadable: all landmarks are one point"
+    assert len(rows["b.png"]) == 1 and not (tmp_path / "out" / "b.png").exists()
+
+
+@pytest.mark.parametrize("cores, workers", [(384, 32), (2, 2), (None, 1)])
+def test_workers_on_machines_of_any_size(cores, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(align_faces.os, "cpu_count", lambda: cores)
+    assert align_faces.parse_args([str(tmp_path), "--out", str(tmp_path / "out")]).workers == workers
 
 
 def test_a_photograph_that_does_not_fit_into_the_memory_is_a_row(fake, tmp_path, monkeypatch):
@@ -478,7 +500,7 @@ def test_a_photograph_that_does_not_fit_into_the_memory_is_a_row(fake, tmp_path,
     def full(*args, **more):
         raise MemoryError
 
-    monkeypatch.setattr(align_faces.ImageOps, "exif_transpose", full)
+    monkeypatch.setattr(align_faces, "upright", full)
     assert align(tmp_path / "photos", tmp_path / "out") == 0
     assert manifest(tmp_path / "out")["a.png"][0]["status"] == "unreadable: it does not fit into the memory"
 

@@ -69,6 +69,24 @@ def test_compare_records_runs_once_and_writes_the_page(suite, tmp_path, capsys):
     assert (tmp_path / "docs" / "figures" / "small.png").exists()
 
 
+def test_a_finished_run_is_recorded_under_its_own_arguments_alone(suite, tmp_path, capsys):
+    chosen = [*suite, "--seeds", "1", "--rows", "scn"]
+    assert compare.main(chosen) == 0
+    record = tmp_path / "results" / "small" / "scn-s1.json"
+    before = record.read_bytes()
+    record.unlink()
+    assert compare.main(chosen) == 0 and record.read_bytes() == before
+    record.unlink()
+    compare.SUITES["small"]["flags"] += " --epochs 3"
+    assert compare.main(chosen) == 2 and not record.exists()
+    assert "other arguments than those of the suite" in capsys.readouterr().err
+    compare.SUITES["small"]["flags"] = compare.SUITES["small"]["flags"].removesuffix(" --epochs 3")
+    content = json.loads(before) | {"commit": "0123456789abcdef+"}
+    record.write_text(json.dumps(content))
+    assert compare.main([]) == 0
+    assert "Commits: 0123456+." in (tmp_path / "docs" / "records.md").read_text()
+
+
 def test_a_suite_makes_its_label_files_once_and_trains_on_them(suite, tmp_path, monkeypatch):
     made, started, honest = "inject_noise.py --data toy --noise 0.4 --output machine-x.csv", [], subprocess.run
 

@@ -79,6 +79,9 @@ def test_classes_in_another_order_are_matched_by_name(scn_model, tmp_path, capsy
     data = ["--data", "ferplus", "--root", str(build_ferplus(tmp_path / "ferplus"))]
     assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 2
     assert "--classes 7" in capsys.readouterr().err
+    strange = ["--data", "folder", "--root", str(build_folder(tmp_path / "strange", ("happy", "bored")))]
+    assert scn.main(["--evaluate", str(scn_model), *strange, *place(tmp_path)]) == 2
+    assert "has bored, happiness\n" in capsys.readouterr().err
     data += ["--classes", "7"]
     assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 0
     record = json.loads((tmp_path / "out" / "scn-on-ferplus" / "evaluation.json").read_text())
@@ -90,6 +93,33 @@ def test_classes_in_another_order_are_matched_by_name(scn_model, tmp_path, capsy
         table[label, test.classes.index(names[p.argmax()])] += 1
     assert record["confusion"] == table.tolist() and tuple(record["classes"]) == test.classes != tuple(names)
     assert record["accuracy/test"] == pytest.approx(table.trace() / table.sum())
+
+
+def test_data_with_fewer_classes_than_the_model(scn_model, tmp_path, capsys):
+    data = ["--data", "folder", "--root", str(build_folder(tmp_path / "data"))]
+    assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "these data have no surprise, fear, disgust, neutral: the model chooses among the other classes" in said
+    record = json.loads((tmp_path / "out" / "scn-on-folder" / "evaluation.json").read_text())
+    _, test = load_data(scn.parse_args([*data, "--size", "32", *place(tmp_path)]))
+    state, predictor = load_model(scn_model, CPU)
+    own = [state["classes"].index(name) for name in ("anger", "happiness", "sadness")]
+    right = predictor(test.images)[0][:, own].argmax(1) == test.labels
+    assert record["accuracy/test"] == pytest.approx(right.float().mean().item())
+    assert record["classes"] == ["anger", "happiness", "sadness"] and sum(map(sum, record["confusion"])) == len(right)
+
+
+def test_size_and_precision_on_the_command_line(scn_model, tmp_path, monkeypatch, capsys):
+    save(picture(5, 32, 32), tmp_path / "face.png")
+    for job in (["--evaluate", str(scn_model)], ["--predict", str(scn_model), str(tmp_path / "face.png")]):
+        error = error_line(scn.main, [*job, "--size", "64", *place(tmp_path)], capsys)
+        assert "a checkpoint of --size 32, not of 64" in error
+    precisions, autocast = [], common.autocast
+    monkeypatch.setattr(common, "autocast", lambda device, kind: precisions.append(kind) or autocast(device, kind))
+    for flags, wanted in (["--size", "32"], "fp32"), (["--precision", "bf16"], "bf16"):
+        assert scn.main([*job, *flags, "--overwrite", *place(tmp_path)]) == 0
+        assert set(precisions) == {wanted}
+        precisions.clear()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -141,6 +171,19 @@ def test_predictions_are_the_models_own(method, trained, tmp_path):
         assert row["class"] == max(names, key=lambda name: float(row[name]))
         assert sum(float(row[name]) for name in names) == pytest.approx(1, abs=1e-4)
     assert (out / "predictions.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_links_are_followed_once_and_formats_that_are_not_read_are_counted(scn_model, tmp_path, capsys):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    save(picture(1, 32, 32), folder / "b" / "1.png")
+    save(picture(2, 32, 32), elsewhere / "2.png")
+    save(picture(3, 32, 32), folder / "3.tif")
+    (folder / "a").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert scn.main(["--predict", str(scn_model), str(folder), *place(tmp_path)]) == 0
+    names = [row["name"] for row in read_predictions(tmp_path / "out" / "scn-predictions")]
+    assert names == [f"{folder.as_posix()}/{name}" for name in ("a/2.png", "b/1.png")]
+    assert f"{folder}: images that are not read, for their formats: 1 .tif" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf_8_are_predicted_and_written_as_they_are(scn_model, tmp_path):

@@ -329,6 +329,34 @@ def test_make_backbone_loads_what_it_is_told_to(weights, tmp_path, capsys):
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_weights_under_the_keys_of_other_projects(key, weights, tmp_path):
+    torch.save({key: weights, "epoch": 3}, tmp_path / "w.pth")
+    model = resnet()
+    common.load_pretrained(model, tmp_path / "w.pth")
+    assert torch.equal(model.conv1.weight, weights["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"state_dict": [1]}, {1: torch.zeros(3)}, {"networks": []}, {"networks": [torch.zeros(3)]}, {"table": 1}, {}],
+)
+def test_checkpoints_without_weights_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: the weights are of another backbone, .* the network has: bn1.bias"):
+        common.load_pretrained(resnet(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("error", [EOFError(), RuntimeError("invalid hash value"), OSError("no network")])
+def test_imagenet_weights_that_cannot_be_had_are_one_line(error, monkeypatch):
+    def fail(weights=None):
+        raise error
+
+    monkeypatch.setitem(common.BACKBONES, "resnet18", fail)
+    with pytest.raises(UserError, match=f"--pretrained imagenet for resnet18: .*{type(error).__name__}.*checkpoints"):
+        common.make_backbone(cocuring.parse_args(["--pretrained", "imagenet"]))
+
+
 def test_weights_that_a_backbone_does_not_have_are_refused(monkeypatch):
     monkeypatch.setitem(common.BACKBONES, "own", lambda: resnet())  # takes no weights
     monkeypatch.setitem(common.PRETRAINED, ".own", "own")
@@ -338,7 +366,7 @@ def test_weights_that_a_backbone_does_not_have_are_refused(monkeypatch):
     with pytest.raises(UserError, match="belongs to --backbone own"):
         common.make_backbone(args)
     args.pretrained, args.backbone = "imagenet", "own"
-    with pytest.raises(UserError, match="no such weights"):
+    with pytest.raises(UserError, match="imagenet for .*: not there"):
         common.make_backbone(args)
 
 

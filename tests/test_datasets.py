@@ -10,7 +10,6 @@ from support.datasets import (
     FERPLUS_CLASSES,
     RAF_CLASSES,
     UserError,
-    label_base,
     load_data,
     load_train_index,
     majority,
@@ -18,6 +17,7 @@ from support.datasets import (
     read_labels,
     write_labels,
 )
+from support.decoding import label_base
 
 import numpy as np
 import pytest
@@ -132,6 +132,7 @@ def test_raf_may_count_from_0(tmp_path, raf):
     [
         "list_partition_label.txt",
         "crlf",
+        "backslashes",
         "blank lines",
         "aligned names",
         "names of the files",
@@ -148,6 +149,8 @@ def test_raf_variants_are_read(change, raf):
         listing.rename(listing.with_name(change))
     elif change == "crlf":
         listing.write_bytes(text.replace("\n", "\r\n").encode())
+    elif change == "backslashes":
+        listing.write_text(text.replace("te", "Image\\aligned\\te").replace("tr", "Image\\aligned\\tr"))
     elif change == "blank lines":
         listing.write_text("\n" + text.replace("\n", "\n\n"))
     elif change == "aligned names":
@@ -165,6 +168,34 @@ def test_raf_variants_are_read(change, raf):
         root = root / "basic" if change == "inside basic" else root
     index = datasets.read_raf(root, "test")
     assert index.labels == wanted.labels and all(source.is_file() for source in index.sources)
+
+
+@pytest.mark.parametrize("layout", ["list", "tables", "folders"])
+def test_raf_in_the_order_of_another_data_set_is_refused(layout, tmp_path, monkeypatch):
+    if layout == "list":
+        left_out = ("train_00001.jpg", "test_0001.jpg")
+        root = build_raf(tmp_path, rows=[row for row in raf_rows() if row[0] not in left_out])
+    else:
+        root = build_raf_kaggle(tmp_path, tables=layout == "tables")
+        for split, name in (("train", "train_00001_aligned.jpg"), ("test", "test_0001_aligned.jpg")):
+            (root / "DATASET" / split / "2" / name).unlink()
+            if layout == "tables":
+                table = root / f"{split}_labels.csv"
+                table.write_text(table.read_text().replace(f"{name},2\n", ""))
+    sizes = {"train": (4, 3, 4, 4, 4, 4, 4), "test": (2, 1, 2, 2, 2, 2, 2)}
+    assert datasets.RAF_SIZES.keys() == sizes.keys()
+    for split, own in sizes.items():
+        monkeypatch.setitem(datasets.RAF_SIZES, split, own)
+        assert datasets.read_raf(root, split).labels.count(1) == own[1]
+        monkeypatch.setitem(datasets.RAF_SIZES, split, own[::-1])
+        with pytest.raises(UserError, match="by their sizes the classes of .* number them in the order surprise, fear"):
+            datasets.read_raf(root, split)
+        monkeypatch.setitem(datasets.RAF_SIZES, split, (*own[:6], 5))  # a part of the data set tells nothing
+        assert datasets.read_raf(root, split).labels.count(1) == own[1]
+
+
+def test_raf_has_as_many_images_as_its_authors_say():
+    assert [sum(sizes) for sizes in datasets.RAF_SIZES.values()] == [12271, 3068]
 
 
 def test_an_empty_folder_beside_those_of_the_labels_is_no_error(tmp_path):
@@ -193,6 +224,18 @@ def test_ferplus_layouts_agree(split, tmp_path, arguments):
     tables = load_data(arguments("ferplus", build_ferplus_csv(tmp_path / "b"), "--split", split))
     for a, b in zip(folders, tables):
         assert a.names == b.names and torch.equal(a.labels, b.labels) and torch.equal(a.images, b.images)
+
+
+def test_ferplus_votes_without_images_leave_the_tables_in_force(tmp_path):
+    """As in its authors' repository, where the folders hold label.csv alone."""
+    root = build_ferplus_csv(build_ferplus(tmp_path))
+    assert isinstance(datasets.read_ferplus(root, "test").sources[0], Path)
+    for image in root.glob("FER2013*/*.png"):
+        image.unlink()
+    index = datasets.read_ferplus(root, "test")
+    assert index.labels and not isinstance(index.sources[0], Path)
+    (root / "fer2013.csv").unlink()
+    assert isinstance(datasets.read_ferplus(root, "test").sources[0], Path)  # decoding says which are missing
 
 
 def test_ferplus_pixels_are_those_of_the_file(tmp_path, arguments):

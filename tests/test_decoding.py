@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import struct
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -28,7 +29,7 @@ from conftest import (
     picture,
     save,
 )
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 
 def named(split):
@@ -446,6 +447,28 @@ def test_images_are_turned_upright(orientation, side, tmp_path, arguments):
     image = load_data(arguments("folder", root, "--size", "32"))[0].images[0].float()
     halves = {"left": image[:, :, :16], "right": image[:, :, 16:], "top": image[:, :16], "bottom": image[:, 16:]}
     assert max(halves, key=lambda name: halves[name].mean()) == side and halves[side].mean() > 240
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_each_orientation_is_that_of_pillow(format, tmp_path):
+    image = picture(3, 16, 8)
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "a", format, exif=exif)
+        with Image.open(tmp_path / "a") as stored:
+            wanted = ImageOps.exif_transpose(stored).convert("RGB")
+        found = decoding.decode(tmp_path / "a", wanted.size, grey=False)
+        assert np.array_equal(found, np.asarray(wanted).transpose(2, 0, 1))
+
+
+def test_an_odd_tag_beside_the_orientation_does_no_harm(tmp_path):
+    """A negative resolution: Pillow's exif_transpose cannot write it back, and fails."""
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHII", 0x011A, 10, 1, 38)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + struct.pack("<Iii", 0, -72, 1)
+    picture(3, 16, 8).save(tmp_path / "a.png", exif=exif)
+    assert decoding.decode(tmp_path / "a.png", (8, 16), grey=False).shape == (3, 16, 8)
 
 
 def test_an_eps_file_named_jpg_never_reaches_ghostscript(tmp_path, monkeypatch):

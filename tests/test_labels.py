@@ -328,6 +328,20 @@ def test_a_list_that_could_not_be_read_back_is_not_written(tmp_path):
     assert not (tmp_path / "labels").exists()
 
 
+@pytest.mark.parametrize("header", ['"name","label"', "name, label", "Image,Label", "filename,label"])
+def test_headers_of_other_programs(header, raf, index, tmp_path):
+    noisy = (torch.tensor(index.labels) + 1) % 7
+    text = "".join(f'"{name}", {index.classes[label]}\n' for name, label in zip(index.names, noisy))
+    (tmp_path / "labels.csv").write_text(f"{header}\n{text}")
+    assert torch.equal(read_labels(tmp_path / "labels.csv", index), noisy)
+
+
+def test_windows_names_of_a_folder(tmp_path):
+    index = Index(["happy/a.jpg", "sad/a.jpg"], [0, 1], ("happiness", "sadness"))
+    (tmp_path / "labels.csv").write_text("name,label\nhappy\\a.jpg,sadness\nsad\\a.jpg,happiness\n")
+    assert read_labels(tmp_path / "labels.csv", index).tolist() == [1, 0]
+
+
 def test_labels_of_one_class_are_refused(raf, index, tmp_path, arguments):
     write_labels(tmp_path / "labels.csv", index.names, torch.full((len(index.names),), 3), index.classes)
     with pytest.raises(UserError, match="fewer than two classes in .*labels.csv"):

@@ -397,11 +397,12 @@ def test_a_file_in_the_place_of_the_folder_is_refused(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", "args.json.tmp123"]])
-def test_an_empty_folder_and_what_a_kill_at_the_start_left_are_taken(left, script, tmp_path):
+def test_an_empty_folder_and_what_a_kill_at_the_start_left_are_taken(left, script, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     for name in left:
         (tmp_path / "run" / name).touch()
-    assert script(tmp_path) == 0
+    assert script(tmp_path, "--resume") == 0
+    assert "run: no checkpoint to --resume, the run begins\n" in capsys.readouterr().out
     assert not list((tmp_path / "run").glob("*.tmp*"))
 
 
