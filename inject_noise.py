@@ -1,7 +1,9 @@
 """Write a noisy label file for the training images of a data set.
 
-The labels are those that `--noise RATE --noise-type TYPE --noise-seed SEED` gives in every script that trains on all
-training images, so a file fixes them for other people and other programs; the scripts read it with --labels.
+The labels are those of a run with one `--noise RATE --noise-type TYPE --noise-seed SEED` on all training images, so a
+file fixes them for other people and other programs; the scripts read it with --labels. Files of several rates share one
+seed: their noise is not independent. For label sets as `jointgan.py --noise R1 R2` makes them write each file with its
+own --seed: 1, 2, ...
 
     python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
     python inject_noise.py --data raf --noise 0.1 0.2 0.3 --seed 1            # three files, one for each rate
@@ -42,8 +44,8 @@ def parse_args(argv=None):
     add("--output", metavar="FILE", help="what to write, .csv or .txt (default: noise-<data>-<type>-<rate>-s<seed>, "
         "or machine-<data>-<run>); with several rates the rate is added before the suffix: x.csv becomes x-0.1.csv, "
         "x-0.2.csv; a .json with what was done comes beside each file")
-    add("--vote", action="store_true", help="one file: the most frequent label of the label sets that jointgan.py has "
-        "with the same --noise; of several the first set's")
+    add("--vote", action="store_true", help="one file: the majority label of the label sets that jointgan.py makes of "
+        "these rates; in a tie the label of the earliest set")
     add("--format", choices=("csv", "list"), default="csv", help="csv: name,label with class names; list: RAF-DB's "
         "own, labels counted from 1")
     add("--overwrite", action="store_true", help="replace files that are there")

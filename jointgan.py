@@ -74,7 +74,8 @@ def parse_args(argv=None):
         "of the squared distance of the logits from their mean (ours)")
     add("--authors-vgg", action="store_true", help="the encoder of the official code: no batch normalisation, two "
         "fully connected layers with dropout, valence and arousal without tanh")
-    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all networks (1: 64 to 512, as the official code)")
+    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all networks (1: 64 "
+        "to 512, as the official code)")
     add("--crop", type=number(int, 0), help="pad by so many pixels and crop (official code, CIFAR-10: 4)")
     add("--rotate", type=number(float, 0, 180), help="random rotation, +- degrees (official code, faces: 10)")
     add("--shift", type=number(float, 0, 1), help="random shift, share of the size (official, faces: 10 of 64 pixels)")

@@ -350,7 +350,8 @@ labels are wrong. The GAN gains nothing over its VGG.""",
     (
         "Several label sets, FERPlus, 32 px, all images, flip alone",
         {"ferplus-multitask": ""},
-        "Label sets of 30 and 40 % symmetric noise, lambda 0.2, one seed. The GAN learns more slowly; the VGG memorises little.",
+        """Label sets of 30 and 40 % symmetric noise, lambda 0.2, one seed. The GAN learns more slowly; the VGG
+memorises little.""",
     ),
 ]
 

@@ -85,7 +85,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A vector (N, inputs) -> features (N, width): a layer, then four residual branches of two one after another; spectral norm."""
+    """A vector (N, inputs) -> features (N, width): a layer, then four residual branches one after another.
+
+    Each branch has two layers; all are spectrally normalised.
+    """
 
     def __init__(self, inputs: int, width: int):
         super().__init__()

@@ -159,8 +159,8 @@ def add_training_args(parser, backbone: bool = True) -> None:
     add("--batch-size", type=number(int, 2), help="images a step")
     what = "learning rate of the backbone" if backbone else "learning rate"
     add("--lr", type=number(float, 0, open_low=True), help=what)
-    add("--oversample", action=argparse.BooleanOptionalAction, help="class-balanced sampling by the labels that are "
-        "trained on; on AffectNet without being asked")
+    add("--oversample", action=argparse.BooleanOptionalAction, help="class-balanced sampling by the given labels, "
+        "before any correction; on AffectNet without being asked")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is computed natively")
     add("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, for long runs only")

@@ -146,6 +146,22 @@ def small_data():
     return given, [(x[i] + torch.randn(len(i), 3, 2, 2, generator=generator), i) for i in places]
 
 
+def test_a_batch_of_one_is_trained_on_and_spoils_no_mean():
+    """The last one of a DataLoader of one's own may be so small."""
+    args = scn.parse_args(["--warm-up", "0", "--precision", "fp32"])
+    network = Small(0.15)
+    network.backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    given, (whole, (x, index), _) = small_data()
+
+    def train(batches):
+        model = copy.deepcopy(network)
+        return scn.train_one_epoch(model, scn.make_optimizer(model, args)[0], batches, given.clone(), 1, args)
+
+    scalars, weights = train([whole, (x[:1], index[:1])])
+    assert all(math.isfinite(value) for value in scalars.values()) and weights[index[0]] > 0
+    assert scalars["weight/high"] == pytest.approx(train([whole])[0]["weight/high"])
+
+
 def plain_epoch(network, optimizer, batches, labels, relabelling, args):
     """Sec. 3, sample by sample. Returns the scalars, the alphas, and how often a later view in the high group came."""
     names = ("loss/wce", "loss/rank", "loss/total", "weight/high", "weight/low", "accuracy/train")
