@@ -620,8 +620,8 @@ def name_key(name: str) -> str:
 
 def key_of(index: Index):
     """How the names of a label file are matched: by `name_key`, or as a whole where that does not tell images apart."""
-    keys = {name_key(name) for name in index.names}
-    plain = len(keys) == len(index.names) and not any("/" in name for name in index.names)
+    keys, folders = {name_key(name) for name in index.names}, {name.rpartition("/")[0] for name in index.names}
+    plain = len(keys) == len(index.names) and len(folders) == 1
     return name_key if plain else lambda name: name.replace("\\", "/")
 
 

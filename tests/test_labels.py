@@ -336,6 +336,15 @@ def test_headers_of_other_programs(header, raf, index, tmp_path):
     assert torch.equal(read_labels(tmp_path / "labels.csv", index), noisy)
 
 
+def test_names_with_the_one_folder_of_all_images_match_plain_ones(tmp_path):
+    (tmp_path / "labels.csv").write_text("name,label\na_aligned.jpg,sadness\nb.jpg,happiness\n")
+    index = Index(["Image/aligned/a.jpg", "Image/aligned/b.jpg"], [0, 1], ("happiness", "sadness"))
+    assert read_labels(tmp_path / "labels.csv", index).tolist() == [1, 0]
+    index.names[1] = "Image/other/b.jpg"  # of two folders each may have an image of that name
+    with pytest.raises(UserError, match="no label for 2 of 2"):
+        read_labels(tmp_path / "labels.csv", index)
+
+
 def test_windows_names_of_a_folder(tmp_path):
     index = Index(["happy/a.jpg", "sad/a.jpg"], [0, 1], ("happiness", "sadness"))
     (tmp_path / "labels.csv").write_text("name,label\nhappy\\a.jpg,sadness\nsad\\a.jpg,happiness\n")
