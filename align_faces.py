@@ -140,9 +140,9 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     it is linear: z' = a z + b.)
     """
     z, w = (points[:, 0] + 1j * points[:, 1] for points in (np.asarray(source, float), np.asarray(target, float)))
-    centred = z - z.mean()
-    if not centred.any():
+    if (z == z[0]).all():
         raise ValueError("all landmarks are one point")
+    centred = z - z.mean()
     a = (centred.conj() * (w - w.mean())).sum() / (abs(centred) ** 2).sum()
     b = w.mean() - a * z.mean()
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])

@@ -353,14 +353,16 @@ def images_below(top: Path) -> list[Path]:
     """
     paths, met, passed_over = [], set(), Counter()
     for folder, inner, names in os.walk(top, followlinks=True):
-        here = os.path.realpath(folder)
-        inner[:] = [name for name in inner if not name.startswith(".") and here not in met]
-        for path in [Path(folder, name) for name in names if not name.startswith(".") and here not in met]:
+        if (here := os.path.realpath(folder)) in met:
+            inner.clear()
+            continue
+        met.add(here)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for path in [Path(folder, name) for name in names if not name.startswith(".")]:
             sheet = path.name == "faces.png" and path.with_suffix(".csv").exists()
             if path.suffix.lower() in IMAGE_SUFFIXES and not sheet:
                 paths.append(path)
             passed_over[path.suffix.lower()] += path.suffix.lower() in OTHER_SUFFIXES
-        met.add(here)
     say_passed_over(top, +passed_over)
     return sorted(paths)
 
