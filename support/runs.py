@@ -166,7 +166,7 @@ def add_training_args(parser, backbone: bool = True) -> None:
     add("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, for long runs only")
     add = parser.add_argument_group("trained models").add_argument
     add("--evaluate", metavar="CHECKPOINT", help="no training: test the model.pt of a run on --data, classes matched "
-        "by name")
+        "by name; the data may have fewer")
     add("--predict", nargs="+", metavar=("CHECKPOINT", "PATH"), help="no training: predict images and folders of "
         "images with the model.pt of a run; writes predictions.csv")
     add = parser.add_argument_group("run").add_argument
