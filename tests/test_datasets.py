@@ -682,7 +682,7 @@ def test_a_limit_that_leaves_one_class_is_refused(tmp_path, arguments):
 
 def test_training_images_of_one_class_are_refused(tmp_path, arguments):
     rows = [row for row in raf_rows() if row[0].startswith("test") or row[1] == 7]
-    with pytest.raises(UserError, match=f"{tmp_path}.*fewer than two classes"):
+    with pytest.raises(UserError, match=f"fewer than two classes in .*{tmp_path}"):
         load_data(arguments("raf", build_raf(tmp_path / "data", rows=rows)))
 
 

@@ -323,8 +323,9 @@ def test_default_names(flags, name):
     assert parse_args(flags).name == name
 
 
-def test_the_size_of_a_backbone_does_not_matter_without_training(own):
-    assert parse_args(["--backbone", "own", "--evaluate", "m.pt"]).size == 16
+def test_without_training_size_and_precision_are_those_of_the_checkpoint(own):
+    args = parse_args(["--backbone", "own", "--evaluate", "m.pt"])
+    assert args.size is None and args.precision is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
