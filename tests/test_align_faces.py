@@ -11,6 +11,8 @@ import types
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from support import decoding
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -486,6 +488,11 @@ def test_a_face_that_cannot_be_cropped_is_a_row(fake, tmp_path, monkeypatch):
     assert [own[0]["status"].split(":")[0] for own in rows.values()] == ["ok", "unreadable", "ok"]
     assert rows["b.png"][0]["status"] == "unreadable: all landmarks are one point"
     assert len(rows["b.png"]) == 1 and not (tmp_path / "out" / "b.png").exists()
+
+
+def test_photographs_are_turned_as_training_images_are():
+    """align_faces.py loads no PyTorch, so it has a table of its own."""
+    assert align_faces.TURNS == decoding.TURNS
 
 
 @pytest.mark.parametrize("cores, workers", [(384, 32), (2, 2), (None, 1)])
