@@ -110,16 +110,16 @@ def faces(images: Tensor, captions: list[str], colours: list[str], title: str, c
     return figure
 
 
-def audit(train, current: Tensor, scores: Tensor, rows: list[int]):
-    """The faces `rows` of the training set, the most suspicious first: given label -> final label, and the score.
+def audit(train, predicted: Tensor, scores: Tensor, rows: list[int]):
+    """The faces `rows` of the training set, the most suspicious first: given label -> predicted class, and the score.
 
-    train: a Split. current: int64 (N,). scores: (N,).
+    train: a Split. predicted: int64 (N,). scores: (N,).
     """
     arrow = "\N{RIGHTWARDS ARROW}"
     captions = [
-        f"{train.classes[train.labels[i]]}\n{arrow} {train.classes[current[i]]} {scores[i]:.2f}" for i in rows
+        f"{train.classes[train.labels[i]]}\n{arrow} {train.classes[predicted[i]]} {scores[i]:.2f}" for i in rows
     ]
-    title = "The most suspicious labels: given, then final label and score"
+    title = "The most suspicious labels: given, then predicted class and score"
     colours = ["black"] * len(rows)
     if train.clean is not None:
         colours = ["tab:green" if train.labels[i] != train.clean[i] else "tab:red" for i in rows]

@@ -542,7 +542,7 @@ class Run:
         pictures = {
             "curves": lambda: figures.curves(history, self.args.split),
             "confusion": lambda: figures.confusion(self.table, train.classes),
-            "audit": lambda: figures.audit(train, current, scores, order[:32]),
+            "audit": lambda: figures.audit(train, probs.argmax(1), scores, order[:32]),
         } | pictures
         for name, draw in pictures.items():
             pixels = figures.write(self.folder / f"{name}.png", draw)

@@ -886,6 +886,24 @@ def test_a_figure_that_cannot_be_drawn_does_not_end_a_run(script, tmp_path, monk
     assert (tmp_path / "run" / "model.pt").exists()
 
 
+def test_the_audit_picture_has_given_and_predicted_class_and_says_where_the_label_is_wrong(tmp_path, monkeypatch):
+    drawn = {}
+    audit = figures.audit
+    monkeypatch.setattr(figures, "audit", lambda *args: drawn.setdefault("figure", audit(*args)))
+    script = Script()
+    assert script(tmp_path) == 0
+    (train, _), network = make_data(), nn.Linear(16, 3)
+    network.load_state_dict(common.load_checkpoint(tmp_path / "run" / "model.pt")["networks"][0])
+    probs = network(train.images.flatten(1) / 255).softmax(1)
+    order, scores = audit_order(probs, train.labels).tolist(), audit_scores(probs, train.labels)
+    predicted = probs.argmax(1)
+    titles = [axes.title for axes in drawn["figure"].axes[:12]]
+    want = [f"{'abc'[train.labels[i]]}\n\N{RIGHTWARDS ARROW} {'abc'[predicted[i]]} {scores[i]:.2f}" for i in order]
+    assert [title.get_text() for title in titles] == want
+    colours = ["tab:green" if i < 2 else "tab:red" for i in order]  # the noise made labels 0 and 1 wrong
+    assert [title.get_color() for title in titles] == colours
+
+
 ODD_CLASSES = ("$\\frac$", "中文 with $x$", "_x^{")
 
 
