@@ -311,7 +311,7 @@ PAGES = [
     (
         "FERPlus, dlib's face recognition network, all images",
         {"ferplus-dlib-all-0": "0 %:", "ferplus-dlib-all-20": "20 %:", "ferplus-dlib-all-40": "40 %:"},
-        """- One seed: a difference of one point may be chance.
+        """- One seed: a difference of one point may be chance. At 20 % one network alone was run so far.
 - Without injected noise the methods neither gain nor lose much. In last5 NCCTFER is 0.8 points below one network, the
   cycle 0.4, SCN equal; Co-curing is 0.7 above two networks. In `best` each method is below its baseline.
 - In the last epoch Co-curing has replaced 1,490 of the 25,045 labels, SCN 2,286. The cycle keeps 83 % of the labels. It
