@@ -327,11 +327,11 @@ PAGES = [
         {"ferplus-dlib-all-asymmetric": ""},
         """- One seed. Each class loses 40 % of its labels to one other class: happiness to neutral, neutral to sadness,
   fear to surprise, and so on ([pairs](data.md#noise)). Networks without detection swing between the two classes of a
-  pair: one network has 78.3 in epoch 8, 70.0 in epoch 9 and 77.0 in epoch 10. The runs swing together, because all see
-  the same batches.
+  pair: one network has 78.3 in epoch 8, 70.0 in epoch 9 and 77.0 in epoch 10. The runs swing together: with one seed
+  all see the same batches in the same order.
 - In last5 the cycle is 3.4 points ahead of one network, NCCTFER 1.6, Co-curing 2.3 ahead of two networks. SCN is 1.5
-  below one network. In mean class accuracy the cycle gains 3.8 and NCCTFER 3.5; SCN is 3.0 below one network,
-  Co-curing 5.8 below two.
+  below one network, which is less than these swings. In mean class accuracy the cycle gains 3.8 and NCCTFER 3.5; SCN is
+  3.0 below one network, Co-curing 5.8 below two.
 - Relabelling fails here. Of the 787 labels that Co-curing has replaced at the end, a third are correct now, and half
   were correct before. SCN has replaced 5,403: 52 and 34 %.
 - No face of another class is labelled disgust, fear or contempt, so all these labels are correct. Co-curing has
