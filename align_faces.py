@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: it is told what to print by this
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported; see also `import_mtcnn`
 
 
 def say_interrupted(kind, error, trace, shown=sys.excepthook) -> None:
@@ -174,6 +175,27 @@ def choose(faces: list[dict], which: str, width: int, height: int) -> list[dict]
 detector = None  # of this process; made by `start_worker`
 
 
+def import_mtcnn():
+    """The package mtcnn. TensorFlow, which it imports, writes messages to the error output before it reads its
+    settings: they are kept back, and shown only when the import fails."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # the error output is closed
+        shown = os.open(os.devnull, os.O_WRONLY)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            import mtcnn
+        except BaseException:
+            kept.seek(0)
+            os.write(shown, kept.read())
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+    return mtcnn
+
+
 def start_worker(parent: int | None = None) -> None:
     """Make this process's detector, on one thread: the processes share the cores. parent: see `watch`."""
     global detector
@@ -181,9 +203,7 @@ def start_worker(parent: int | None = None) -> None:
         watch(parent)
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
-    from mtcnn import MTCNN
-
-    detector = MTCNN()
+    detector = import_mtcnn().MTCNN()
 
 
 def watch(parent: int) -> None:
@@ -491,7 +511,7 @@ def run(args) -> None:
     todo = [job for job in jobs if job[0] not in rows]
     if todo:  # else nobody waits for TensorFlow
         try:
-            import mtcnn  # noqa: F401 - it imports TensorFlow
+            import_mtcnn()
         except ImportError as error:
             raise UserError(f"no face detector ({reason_of(error)}): pip install -r requirements-align.txt") from None
     if rows:

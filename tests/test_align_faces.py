@@ -275,6 +275,28 @@ def test_without_the_detector_it_says_how_to_install_it(missing, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+NOISY = """
+import os
+os.write(2, b"at the import")
+{}
+class MTCNN:
+    def detect_faces(self, *args, **options):
+        os.write(2, b"at a face")
+        return []
+"""
+
+
+@pytest.mark.parametrize("line, code, shown", [("", 0, "at a face"), ("import missing_package", 2, "at the import")])
+def test_what_the_import_of_the_detector_writes_is_shown_only_when_it_fails(line, code, shown, tmp_path):
+    photograph(tmp_path / "photos" / "a.png")
+    (tmp_path / "mtcnn.py").write_text(NOISY.format(line))
+    command = [sys.executable, align_faces.__file__, "photos", "--out", "out", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and ("missing_package" in done.stderr) == (code == 2)
+    assert [text for text in ("at the import", "at a face") if text in done.stderr] == [shown]
+
+
 # Nothing is lost, whatever the folder holds: with a detector that finds what it is told
 
 
