@@ -818,7 +818,7 @@ sys.exit(align_faces.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "| head -1", "PYTHONIOENCODING=ascii"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", ">&-", "| head -1", "PYTHONIOENCODING=ascii"])
 def test_a_stream_that_nobody_reads_ends_nothing(closed, tmp_path):
     for k in range(3):
         photograph(tmp_path / "photos" / f"\N{LATIN SMALL LETTER A WITH DIAERESIS}{k}.png")
