@@ -287,6 +287,16 @@ def load_networks(states: list[dict], args, num_classes: int, device):
     return networks
 
 
+def compute_weights(networks) -> None:
+    """Compute each spectrally normalised weight, within `parametrize.cached` once for all that follows.
+
+    Outside of autocast: on CUDA it has the norms in bf16, and up to PyTorch 2.10 without their gradient in linear
+    layers (github.com/pytorch/pytorch/issues/112583)."""
+    for module in (module for network in networks for module in network.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            module.weight  # noqa: B018 - an attribute that is computed
+
+
 def score_both_sides(
     networks, x: Tensor, encoded: tuple, noisy: list[Tensor], precision: str, for_d: bool
 ) -> tuple[Tensor, Tensor]:
@@ -300,10 +310,12 @@ def score_both_sides(
     mean, log_variance, predicted = encoded
     y0 = mean + (log_variance / 2).exp() * torch.randn_like(mean)
     noise = torch.randn_like(mean)
-    with common.autocast(x.device, precision), parametrize.cached():  # spectral norms are computed once
-        generated = x if decoder is None else decoder([noise, *noisy])
-        sides = [x, y0, *predicted], [generated, noise, *noisy]
-        return discriminator(*([values.detach() for values in side] if for_d else side for side in sides))
+    with parametrize.cached():
+        compute_weights(filter(None, (decoder, discriminator)))
+        with common.autocast(x.device, precision):
+            generated = x if decoder is None else decoder([noise, *noisy])
+            sides = [x, y0, *predicted], [generated, noise, *noisy]
+            return discriminator(*([values.detach() for values in side] if for_d else side for side in sides))
 
 
 def train_one_epoch(networks, optimizers, batches, labels: list[Tensor], epoch: int, args) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 from conftest import build_affectnet, build_cifar10, check_resume, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import common
 import inject_noise
@@ -197,6 +198,25 @@ def test_every_discriminator_weight_is_spectrally_normalised():
             for _ in range(200):  # power iterations
                 weight = module.weight
             assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+
+
+def test_norms_are_computed_once_and_outside_of_autocast(monkeypatch):
+    """On CUDA bf16 would be used for them."""
+    args = jointgan.parse_args(["--data", "toy", *SMALL])
+    networks = jointgan.make_networks(args, 7, 1, False)
+    normalised = [m for network in networks[1:] for m in network.modules() if parametrize.is_parametrized(m)]
+    calls = []
+
+    def forward(self, weight):
+        calls.append(torch.is_autocast_enabled("cpu"))
+        return weight
+
+    monkeypatch.setattr(parametrizations._SpectralNorm, "forward", forward)
+    x, noisy = torch.randn(4, 3, 32, 32), [torch.eye(7)[:4]]
+    for for_d in (True, False):
+        jointgan.score_both_sides(networks, x, networks[0](x), noisy, "bf16", for_d)
+        assert calls == [False] * len(normalised)
+        calls.clear()
 
 
 # Algorithm 1, on batches of one's own
