@@ -225,7 +225,9 @@ def train_one_epoch(network, optimizer, batches, current: Tensor, epoch: int, ar
             means.add("weight", high=(alpha * ~low).sum() / (~low).sum(), low=(alpha * low).sum() / low.sum())
         means.add("accuracy", train=probs.argmax(1) == y)
     scalars = {"relabel/this_epoch": 0, "weight/margin1": network.margin.item()} | means.result()
-    return scalars | {"weight/gap": scalars["weight/high"] - scalars["weight/low"]}, weights
+    if "weight/high" in scalars:
+        scalars["weight/gap"] = scalars["weight/high"] - scalars["weight/low"]
+    return scalars, weights
 
 
 @torch.no_grad()

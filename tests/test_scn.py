@@ -160,6 +160,8 @@ def test_a_batch_of_one_is_trained_on_and_spoils_no_mean():
     scalars, weights = train([whole, (x[:1], index[:1])])
     assert all(math.isfinite(value) for value in scalars.values()) and weights[index[0]] > 0
     assert scalars["weight/high"] == pytest.approx(train([whole])[0]["weight/high"])
+    scalars, _ = train([(x[k : k + 1], index[k : k + 1]) for k in range(3)])
+    assert scalars["loss/wce"] > 0 and "weight/gap" not in scalars
 
 
 def plain_epoch(network, optimizer, batches, labels, relabelling, args):
