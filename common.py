@@ -68,10 +68,10 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a meta device fails here: it holds no numbers
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # meta has no numbers, mps no float64: see `Means`
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not there ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from None
 
 
 @functools.lru_cache

@@ -450,6 +450,17 @@ def test_a_device_that_is_not_there_is_refused(name):
         common.find_device(name)
 
 
+def test_a_device_without_float64_is_refused(monkeypatch):
+    def zeros(*shape, dtype=torch.float32, device=None):  # as on Apple's mps
+        if dtype == torch.float64:
+            raise TypeError("no float64 here")
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match="--device mps: .*no float64 here"):
+        common.find_device("mps")
+
+
 def test_auto_precision_is_bf16_only_where_it_is_native(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(common, "has_bf16", lambda device: native)
