@@ -47,6 +47,8 @@ class Trained:
     def __init__(self, folder: Path):
         state = common.load_checkpoint(folder / "model.pt")
         self.folder, self.method, self.classes = folder, state["method"], state["classes"]
+        if self.method == "jointgan":
+            raise UserError(f"{folder}: a run of jointgan; this figure needs a backbone")
         self.args = argparse.Namespace(**state["args"] | {"pretrained": "none", "compile": False})
         script = importlib.import_module(self.method)
         make = getattr(script, "make_networks", None)  # of the peers the first
@@ -386,7 +388,7 @@ def main(argv=None) -> int:
         figure = gradcam_figure(args.runs, args.columns)
     else:
         figure = tsne_figure(args.runs[0])
-    figure.savefig(args.out, dpi=110)
+    figure.savefig(args.out, format="png", dpi=110)
     print(f"{args.out} written")
     return 0
 

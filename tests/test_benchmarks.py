@@ -14,6 +14,7 @@ from conftest import build_ferplus, build_ferplus_csv, lines
 from PIL import Image
 
 import cocuring
+import jointgan
 import ncctfer
 import scn
 
@@ -213,7 +214,7 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
     ):
         if command[0] == "tsne":
             pytest.importorskip("sklearn")
-        out = tmp_path / f"{command[0]}.png"
+        out = tmp_path / command[0]  # written under this very name
         assert figures.main([*command, "--out", str(out)]) == 0
         pixels = np.asarray(Image.open(out).convert("RGB"))
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 10
@@ -227,6 +228,7 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         (["weights", clean, noisy, other], "of ncctfer"),
         (["weights", cured, noisy, clean], "injected noise"),
         (["gradcam", str(tmp_path)], "model.pt"),
+        (["gradcam", run(jointgan, "gan")], "of jointgan"),
         (["overview", clean, noisy], "no labels/accuracy"),
     ):
         capsys.readouterr()
