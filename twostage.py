@@ -63,8 +63,6 @@ def parse_args(argv=None):
         "loss is at most the class mean (ours: else rare classes are dropped before they are learned), or one label")
     add("--clean-above", type=number(float, 0, 1, open_high=True), default=0.5, help="clean probability above which a "
         "label is kept (DivideMix)")
-    add("--refine", action="store_true", help="of the kept labels those that are less surely clean are mixed with the "
-        "prediction (DivideMix)")
     add("--margin-scale", type=number(float, 0, 1), default=0.97, help="of the confidence margins, times "
         "1 / (1 + e^-cycle) (Ada-CM)")
     add("--rebalance", choices=("rates", "logits", "none"), default="rates", help="long tail: admission rates per "
@@ -167,16 +165,6 @@ def labelled_set(
     return kept
 
 
-def refined_labels(probs: Tensor, labels: Tensor, clean: Tensor, temperature: float = 0.5) -> Tensor:
-    """DivideMix, Sec. 3.2, co-refinement (of one network): (N, C), w y + (1 - w) p, sharpened: to the power of 1 / T.
-
-    probs: (N, C), softmax outputs. labels: int64 (N,). clean: (N,), clean probability w.
-    """
-    w = clean[:, None]
-    mixed = (w * F.one_hot(labels, probs.shape[1]) + (1 - w) * probs) ** (1 / temperature)
-    return mixed / mixed.sum(1, keepdim=True)
-
-
 def class_margins(probs: Tensor, labels: Tensor, num_classes: int, scale: float) -> Tensor:
     """Ada-CM, adaptive confidence margin of each class, (C,): scale times the mean top probability of its samples.
 
@@ -221,8 +209,7 @@ def admitted_set(probs: Tensor, rates: Tensor) -> Tensor:
 def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: Tensor | None = None) -> Tensor:
     """FixMatch's supervised loss: cross-entropy, sum over the labelled samples divided by the batch size N (ours).
 
-    logits: (N, C). labels: int64 (N,), or refined ones (N, C). labelled: bool (N,). log_shares: (C,), added to the
-    logits (logit adjustment).
+    logits: (N, C). labels: int64 (N,). labelled: bool (N,). log_shares: (C,), added to the logits (logit adjustment).
     """
     logits = logits if log_shares is None else logits + log_shares
     return (F.cross_entropy(logits, labels, reduction="none") * labelled).sum() / len(labels)
@@ -276,7 +263,6 @@ class Division:
     margins: Tensor  # (C,), confidence that a pseudo-label needs
     rates: Tensor  # (C,), admission rates of pseudo-labels
     log_shares: Tensor | None  # (C,), logit adjustment
-    targets: Tensor  # of the labelled loss: the given labels, int64 (N,), or refined ones, (N, C)
 
 
 def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
@@ -300,8 +286,7 @@ def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
     log_shares = (counts.clamp(min=1) / counts.sum()).log() if args.rebalance == "logits" and cycling else None
     admitted = torch.zeros_like(labelled)
     admitted[~labelled] = admitted_set(probs[~labelled], rates)
-    targets = refined_labels(probs, given, clean) if args.refine else given
-    return Division(losses, clean, labelled, admitted, margins, rates, log_shares, targets)
+    return Division(losses, clean, labelled, admitted, margins, rates, log_shares)
 
 
 def division_scalars(division: Division, given: Tensor, clean: Tensor | None) -> dict:
@@ -339,7 +324,7 @@ def train_one_epoch(
             views = torch.cat([weak, strong.to(device)[rest]])
         with common.autocast(device, args.precision):
             logits, strong_logits = network(views if semi else weak).tensor_split([len(y)])
-        l_x = labelled_loss(logits, division.targets[index], division.labelled[index], division.log_shares)
+        l_x = labelled_loss(logits, y, division.labelled[index], division.log_shares)
         l_u = l_c = torch.zeros_like(l_x)
         if semi:
             admitted = division.admitted[index][rest]

@@ -28,7 +28,6 @@ from twostage import (
     labelled_loss,
     labelled_set,
     rebalanced_rates,
-    refined_labels,
     unlabelled_losses,
 )
 
@@ -159,16 +158,6 @@ def test_the_most_confident_of_each_class_are_admitted():
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
 
 
-def test_refined_labels_by_hand():
-    probs = torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1]])
-    refined = refined_labels(probs, torch.tensor([1, 1, 0]), torch.tensor([1.0, 0.5, 0.0]))
-    # w y + (1 - w) p of the second: 0.3, 0.65, 0.05; the squares sum to 0.515
-    expected = [[0, 1, 0], [0.09 / 0.515, 0.4225 / 0.515, 0.0025 / 0.515], [0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46]]
-    torch.testing.assert_close(refined, torch.tensor(expected))
-    probs = torch.tensor([[0.9, 0.1]])
-    assert refined_labels(probs, torch.tensor([1]), torch.tensor([0.0]), 1.0).tolist() == [pytest.approx([0.9, 0.1])]
-
-
 def test_labelled_loss_by_hand():
     labels, labelled = torch.tensor([0, 0, 1]), torch.tensor([True, False, True])
     expected = (math.log(1 + math.exp(-2)) + math.log(2)) / 3
@@ -291,13 +280,9 @@ def plain_division(probs, labels, cycle, args):
     shares = None
     if args.rebalance == "logits" and cycling:
         shares = [math.log(max(counts.get(c, 0), 1) / sum(kept)) for c in range(CLASSES)]
-    targets = [[float(c == y[i]) for c in range(CLASSES)] for i in range(n)]
-    if args.refine:  # DivideMix, T = 0.5
-        for i, w in enumerate(clean):
-            squares = [(w * t + (1 - w) * q) ** 2 for t, q in zip(targets[i], p[i])]
-            targets[i] = [s / sum(squares) for s in squares]
-    parts = dict(losses=losses, clean=clean, labelled=kept, admitted=admitted, margins=margins, rates=rates)
-    return SimpleNamespace(**parts, log_shares=shares, targets=targets)
+    return SimpleNamespace(
+        losses=losses, clean=clean, labelled=kept, admitted=admitted, margins=margins, rates=rates, log_shares=shares
+    )
 
 
 def plain_epoch(network, optimizer, batches, labels, division, clean, semi, args, after_step):
@@ -306,14 +291,14 @@ def plain_epoch(network, optimizer, batches, labels, division, clean, semi, args
     steps, hits, pseudo = [], [], []
     shift = torch.zeros(CLASSES) if division.log_shares is None else torch.tensor(division.log_shares)
     for (weak, strong), index in batches:
-        place, n = index.tolist(), len(index)
+        place, y, n = index.tolist(), labels[index].tolist(), len(index)
         rest = [i for i in range(n) if semi and not division.labelled[place[i]]]
         z = network(torch.cat([weak, strong[rest]]) if semi else weak)  # batch statistics of both views together
         z_w, z_s = z[:n], dict(zip(rest, z[n:]))
         l_x = l_u = l_c = 0 * z.sum()
         for i in range(n):
             if division.labelled[place[i]]:
-                l_x = l_x - (z_w[i] + shift).log_softmax(0) @ torch.tensor(division.targets[place[i]]) / n
+                l_x = l_x - (z_w[i] + shift).log_softmax(0)[y[i]] / n
             elif semi:
                 p_w = z_w[i].softmax(0).tolist()
                 c = p_w.index(max(p_w))
@@ -417,7 +402,6 @@ def fixed(monkeypatch):
         ["--floor", "one"],
         ["--rebalance", "logits"],
         ["--rebalance", "none"],
-        ["--refine"],
         ["--no-semi"],
         ["--no-detect"],
         ["--no-detect", "--floor", "one"],
