@@ -22,13 +22,12 @@ from support.augmentation import augment, random_affine
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.label_sets import class_va, load_label_sets
-from support.networks import Head, ResidualBlock, ResidualMLP, SelfAttention, Zero, to_device
+from support.networks import Head, ResidualBlock, ResidualMLP, SelfAttention, Zero, to_device, weights_computed
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets, positive_int
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import common
@@ -287,16 +286,6 @@ def load_networks(states: list[dict], args, num_classes: int, device):
     return networks
 
 
-def compute_weights(networks) -> None:
-    """Compute each spectrally normalised weight, within `parametrize.cached` once for all that follows.
-
-    Outside of autocast: on CUDA it has the norms in bf16, and up to PyTorch 2.10 without their gradient in linear
-    layers (github.com/pytorch/pytorch/issues/112583)."""
-    for module in (module for network in networks for module in network.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            module.weight  # noqa: B018 - an attribute that is computed
-
-
 def score_both_sides(
     networks, x: Tensor, encoded: tuple, noisy: list[Tensor], precision: str, for_d: bool
 ) -> tuple[Tensor, Tensor]:
@@ -310,12 +299,10 @@ def score_both_sides(
     mean, log_variance, predicted = encoded
     y0 = mean + (log_variance / 2).exp() * torch.randn_like(mean)
     noise = torch.randn_like(mean)
-    with parametrize.cached():
-        compute_weights(filter(None, (decoder, discriminator)))
-        with common.autocast(x.device, precision):
-            generated = x if decoder is None else decoder([noise, *noisy])
-            sides = [x, y0, *predicted], [generated, noise, *noisy]
-            return discriminator(*([values.detach() for values in side] if for_d else side for side in sides))
+    with weights_computed(decoder, discriminator), common.autocast(x.device, precision):
+        generated = x if decoder is None else decoder([noise, *noisy])
+        sides = [x, y0, *predicted], [generated, noise, *noisy]
+        return discriminator(*([values.detach() for values in side] if for_d else side for side in sides))
 
 
 def train_one_epoch(networks, optimizers, batches, labels: list[Tensor], epoch: int, args) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Heads on a backbone, a moving average, a discriminator's blocks; how networks come to a device and an optimiser."""
 
 import copy
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 
@@ -45,6 +47,20 @@ class Averaged(nn.Module):
 
     def set_extra_state(self, steps: int) -> None:
         self.steps = steps
+
+
+@contextmanager
+def weights_computed(*networks: nn.Module | None):
+    """In this context each spectrally normalised weight is computed once, now: enter it before autocast.
+
+    Within autocast CUDA has the norms in bf16, and up to PyTorch 2.10 without their gradient in linear layers
+    (github.com/pytorch/pytorch/issues/112583).
+    """
+    with parametrize.cached():
+        for module in (module for network in filter(None, networks) for module in network.modules()):
+            if parametrize.is_parametrized(module, "weight"):
+                module.weight  # noqa: B018 - an attribute that is computed
+        yield
 
 
 class SelfAttention(nn.Module):
