@@ -305,7 +305,7 @@ PAGES = [
   mean class accuracy.
 - Co-curing and SCN do not gain in mean class accuracy: relabelling replaces most of the few correct labels of rare
   classes (seed 1: of 610 labels of disgust 28 are correct, of 604 of contempt 29). Without it they have 52.1
-  and 48.8, and in last5 0.4 points more than with it ([Co-curing](cocuring.md#real-faces-with-a-pretrained-backbone),
+  and 48.8, and in last5 0.3 or 0.4 points more ([Co-curing](cocuring.md#real-faces-with-a-pretrained-backbone),
   [SCN](scn.md#real-faces-with-a-pretrained-backbone)).""",
     ),
     (
