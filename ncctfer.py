@@ -62,8 +62,8 @@ def parse_args(argv=None):
     add("--mask", choices=("most", "least"), default="most", help="which k classes of the negative head: the most "
         "probable (paper, Sec. 3.2) or the least (paper, Sec. 1, and official code)")
     add("--select-by", choices=("batch", "average"), help="whose probabilities Eqs. 1-2 take: those of the batch in "
-        "training (paper), or once an epoch those of an averaged network on all samples (ours; the default from "
-        "scratch and with dlib's weights)")
+        "training (paper), or once an epoch those of an averaged network on all samples, which is then tested and kept "
+        "too (ours; the default from scratch and with dlib's weights)")
     add("--ema", type=number(float, 0, 1, open_high=True), default=0.98, help="with --select-by average: decay of that "
         "network, a step (ours)")
     add("--clamp", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), help="Eqs. 1-2 take probabilities "
@@ -263,13 +263,13 @@ def main(argv=None) -> int:
         network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
         optimizer, scheduler = make_optimizer(network, args)
         parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
-        averaged = chosen = None
-        if args.select_by == "average" and args.threshold:
+        averaged, chosen, tested = None, None, network
+        if args.select_by == "average":
             averaged = Averaged(network, args.ema)
-            parts["averaged"] = averaged
+            parts["averaged"], tested = averaged, averaged.module
 
         for epoch in run.epochs(train, test, **parts):
-            if averaged is not None and epoch > args.warm_up:
+            if averaged is not None and args.threshold and epoch > args.warm_up:
                 probs = predict(averaged.module, images, args)
                 probs = probs.clamp(*args.clamp) if args.clamp else probs
                 t_c = class_thresholds(probs, given, probs.shape[1])
@@ -281,9 +281,9 @@ def main(argv=None) -> int:
             if chosen is not None:
                 scalars["weight/threshold"] = t_c.tolist()  # those that chose, not those of the batches
             scheduler.step()
-            run.end_epoch(epoch, scalars, predict(network, test_images, args))
-        probs = predict(network, images, args)
-        run.finish(probs, [network], confidence=lambda: figures.confidence(train, probs.cpu()))
+            run.end_epoch(epoch, scalars, predict(tested, test_images, args))
+        probs = predict(tested, images, args)
+        run.finish(probs, [tested], confidence=lambda: figures.confidence(train, probs.cpu()))
     return 0
 
 

@@ -377,12 +377,15 @@ def ema_update(averaged, network, decay, steps):
         ["--single-head", "--k", "3", "--warm-up", "2"],
         ["--select-by", "average", "--ema", "0.6", "--epochs", "4"],
         ["--select-by", "batch", "--epochs", "4"],
+        ["--no-threshold", "--no-negative"],
+        ["--no-threshold", "--no-negative", "--select-by", "batch"],
     ],
 )
 def test_main_hands_the_right_things_to_the_loop(flags, record):
     args, epochs, folder = record("--lr", "0.01", "--head-lr", "0.003", *flags)
     history, (given, scores), (faces, clean) = lines(folder), audit_of(folder), toy_inputs("train")
     plain, averaged, steps = Plain(), Plain(), [0]
+    tested = averaged if args.select_by == "average" else plain
     plain.load_state_dict(ncctfer.make_network(args, CLASSES).state_dict())
     averaged.load_state_dict(plain.state_dict())
     adam = plain_optimizer(plain, args)
@@ -398,7 +401,8 @@ def test_main_hands_the_right_things_to_the_loop(flags, record):
     assert len(epochs) == len(history) == args.epochs
     assert (given != clean).float().mean() == pytest.approx(0.4, abs=0.03)
     for epoch, (batches, line) in enumerate(zip(epochs, history), 1):
-        drawn, selecting, chosen = torch.cat([index for _, index in batches]), epoch > args.warm_up, None
+        drawn, chosen = torch.cat([index for _, index in batches]), None
+        selecting = args.threshold and epoch > args.warm_up
         if args.oversample:
             counts = torch.bincount(given[drawn], minlength=CLASSES)
             assert len(drawn) == len(given) and counts.max() - counts.min() <= 1
@@ -420,10 +424,10 @@ def test_main_hands_the_right_things_to_the_loop(flags, record):
         for group in adam.param_groups:
             group["lr"] *= args.decay
         test, labels = toy_inputs("test")
-        assert line["accuracy/test"] == (predicted(plain, test).argmax(1) == labels).double().mean()
+        assert line["accuracy/test"] == (predicted(tested, test).argmax(1) == labels).double().mean()
     assert not torch.equal(epochs[0][0][1], epochs[1][0][1])
-    same_weights(plain, torch.load(folder / "model.pt", weights_only=True)["networks"][0])
-    probs = predicted(plain, faces)
+    same_weights(tested, torch.load(folder / "model.pt", weights_only=True)["networks"][0])
+    probs = predicted(tested, faces)
     assert scores == pytest.approx((probs.amax(1) - probs[range(len(given)), given]).tolist(), abs=1e-4)
 
 
@@ -548,9 +552,3 @@ def test_the_pretrained_preset_is_the_papers_and_the_mask_follows_the_heads():
         assert ncctfer.parse_args(flags).select_by == "average"
     assert (args.crop, args.operations, args.magnitude, args.mask) == (4, 2, 10, "most")
     assert ncctfer.parse_args(["--single-head"]).mask == "least"
-
-
-def test_without_thresholds_nothing_selects(tiny, tmp_path):
-    flags = ["--no-threshold", "--no-negative", "--out", str(tmp_path), "--name", "run"]
-    assert ncctfer.main([*tiny, *flags]) == 0
-    assert "averaged" not in torch.load(tmp_path / "run" / "last.pt", weights_only=True)
