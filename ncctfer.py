@@ -4,7 +4,8 @@ D. Gera, B. N. S. Kumar, B. V. R. Kumar, S. Balasubramanian: "Class Adaptive Thr
 Annotation Robust Facial Expression Recognition", 2023. In each batch a sample is confident if the probability of its
 label reaches the mean over the samples of that label. Confident samples train the positive head by cross-entropy; for
 the others a negative head is kept consistent between a weak and a strong view, on k of the classes. Ours: from scratch
-and with dlib's weights the probabilities are those of an averaged network, once an epoch (--select-by batch: paper).
+and with dlib's weights the probabilities are those of an averaged network, once an epoch, and this network is the one
+that is tested and kept (--select-by batch: paper).
 
     python ncctfer.py --data toy --noise 0.4                                # needs no data
     python ncctfer.py --data toy --noise 0.4 --no-threshold --no-negative   # the baseline of Table 5
