@@ -265,7 +265,7 @@ def main(argv=None) -> int:
         optimizer, scheduler = make_optimizer(network, args)
         parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
         averaged, chosen, tested = None, None, network
-        if args.select_by == "average":
+        if args.select_by == "average":  # ours: the network that selects is tested and kept (docs/ncctfer.md)
             averaged = Averaged(network, args.ema)
             parts["averaged"], tested = averaged, averaged.module
 
