@@ -286,9 +286,10 @@ PAGES = [
         """- One seed: a difference of one point may be chance.
 - Co-curing gains nothing over two networks, SCN nothing over one network: with random crops these memorise little in 30
   epochs. SCN's own recipe without its parts was not run.
-- NCCTFER is 2.4 points below one network, and 1.3 above its own recipe without its parts; in mean class accuracy it is
-  4.4 above the one and 2.0 above the other. With the thresholds of the batch it fails: they need a mostly correct
-  network, and this one is correct on two thirds of the faces ([more](ncctfer.md#ferplus-from-scratch)).
+- NCCTFER is 0.8 points below one network, and as much below its own recipe without its parts (both tested by an
+  averaged network); in mean class accuracy it is 5.5 above the one and 1.2 above the other. With the thresholds of the
+  batch it fails: they need a mostly correct network, and this one is correct on two thirds of the faces
+  ([more](ncctfer.md#ferplus-from-scratch)).
 - The cycle gains 2.8 points over its recipe without detection, and 3.6 over one network. One mixture for all
   classes without the floor has about the same accuracy, and a lower one on the rare classes
   ([why](twostage.md#which-labels-to-keep)).""",
