@@ -60,6 +60,7 @@ TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
 COCURING_KEPT = Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False)
 SCN_KEPT = Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False)
 SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
+TWOSTAGE_TWO = Row("two-stage cycle, two networks", "twostage", "--networks 2", 4)
 TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1)
 PER_CLASS = "--mixture class --floor one"
 TWOSTAGE_PER_CLASS = Row("two-stage cycle, a mixture per class", "twostage", PER_CLASS, 2, drawn=False)
@@ -151,7 +152,7 @@ SUITES["ferplus-30"] = {
     "title": "FERPlus, 48 px, from scratch, all images, 30 % symmetric noise",
     "flags": "--data ferplus --noise 0.3",
     "seeds": (1,),
-    "rows": METHODS,
+    "rows": [*METHODS, TWOSTAGE_TWO],
 }
 CONTROLS = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),

@@ -677,8 +677,8 @@ def test_the_averaged_network_is_what_is_kept(tiny, undrawn, tmp_path):
     states = {name: torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("run--ema0", "run")}
     for name, state in states.items():
         model = torch.load(tmp_path / name / "model.pt", weights_only=True)["networks"][0]
-        assert all(torch.equal(model[key], state["averaged"]["module." + key]) for key in model)
-        same = all(torch.equal(model[key], state["network"][key]) for key in model)
+        assert all(torch.equal(model[key], state["averaged"]["0.module." + key]) for key in model)
+        same = all(torch.equal(model[key], state["networks"]["0." + key]) for key in model)
         assert same == (name == "run--ema0")
 
 
