@@ -63,6 +63,7 @@ SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank
 TWOSTAGE_TWO = Row("two-stage cycle, two networks", "twostage", "--networks 2", 4)
 TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1)
 PER_CLASS = "--mixture class --floor one"
+TWOSTAGE_CLEAN = Row("recipe of the cycle, clean labels", "twostage", "--noise 0 --no-detect --no-semi", 1, False)
 TWOSTAGE_PER_CLASS = Row("two-stage cycle, a mixture per class", "twostage", PER_CLASS, 2, drawn=False)
 TWOSTAGE_ONE = Row("two-stage cycle, one mixture, no floor", "twostage", "--floor one", 2, drawn=False)
 TWOSTAGE_UNDETECTED = Row("two-stage cycle, no detection", "twostage", "--no-detect", 1, drawn=False)
@@ -152,7 +153,7 @@ SUITES["ferplus-30"] = {
     "title": "FERPlus, 48 px, from scratch, all images, 30 % symmetric noise",
     "flags": "--data ferplus --noise 0.3",
     "seeds": (1,),
-    "rows": [*METHODS, TWOSTAGE_TWO],
+    "rows": [*METHODS, TWOSTAGE_TWO, TWOSTAGE_CLEAN],
 }
 CONTROLS = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
