@@ -30,7 +30,7 @@ from support.runs import Parser, Run, add_data_args, add_training_args, number, 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
 
@@ -55,8 +55,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("two-stage cycle").add_argument
     add("--warm-up", type=number(int, 0), help="first epochs on all labels, before the first cycle (DivideMix: 10, 30 "
         "for 100 classes; ours)")
-    add("--networks", type=int, choices=(1, 2), default=1, help="2: each divides the training set for the other, and "
-        "the mean of their predictions is tested (DivideMix); twice the time")
     add("--detect-by", choices=("mae", "ce"), default="mae", help="loss that the mixture of two Gaussians is fitted "
         "to: 1 - p (ours: bounded, no outliers), or the cross-entropy -log p (DivideMix)")
     add("--mixture", choices=("global", "class"), default="global", help="one mixture for all classes (DivideMix), or "
@@ -242,9 +240,9 @@ def unlabelled_losses(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_network(args, num_classes: int, inputs: Tensor | None = None, k: int = 1) -> Classifier:
-    """inputs: see make_backbone. k: 1 or 2, the networks are seeded differently."""
-    torch.manual_seed(common.seed_of("network", k, args.seed))
+def make_network(args, num_classes: int, inputs: Tensor | None = None) -> Classifier:
+    """inputs: see make_backbone."""
+    torch.manual_seed(common.seed_of("network", 1, args.seed))
     return Classifier(*common.make_backbone(args, inputs), num_classes)
 
 
@@ -359,17 +357,12 @@ def predict(network, inputs, args) -> Tensor:
     return torch.cat(probs)
 
 
-def predict_each(networks, inputs, args) -> Tensor:
-    """Softmax outputs of each network, (networks, N, C); the prediction of two is their mean (DivideMix)."""
-    return torch.stack([predict(network, inputs, args) for network in networks])
-
-
 def restore(states: list[dict], args, num_classes: int, device):
-    """The trained networks as a function of images, see support/inference.py."""
-    networks = [to_device(make_network(args, num_classes), device, args) for _ in range(args.networks)]
-    for network, state in zip(networks, states, strict=True):
-        network.load_state_dict(state)
-    return lambda images: (predict_each(networks, common.Images(images, args.size, device), args).mean(0).cpu(), None)
+    """The trained network as a function of images, see support/inference.py."""
+    network = to_device(make_network(args, num_classes), device, args)
+    (state,) = states
+    network.load_state_dict(state)
+    return lambda images: (predict(network, common.Images(images, args.size, device), args).cpu(), None)
 
 
 @reports_errors
@@ -383,38 +376,25 @@ def main(argv=None) -> int:
         images, test_images = (common.Images(split.images, args.size, device) for split in (train, test))
         weak = partial(augment, crop=args.crop)
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)
-        seeds = [args.seed, common.seed_of("batches", 2, args.seed)][: args.networks]  # each has batches of its own
-        loaders = [common.Loader(images, args.batch_size, seed, weak, strong) for seed in seeds]
+        loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
-        networks = [make_network(args, len(train.classes), next(iter(images)), k + 1) for k in range(args.networks)]
-        networks = [to_device(network, device, args) for network in networks]
-        averaged = [Averaged(network, args.ema) for network in networks]
-        averages = [average.module for average in averaged]
-        optimizers, schedulers = zip(*(make_optimizer(network, args) for network in networks))
+        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        averaged = Averaged(network, args.ema)
+        optimizer, scheduler = make_optimizer(network, args)
 
-        parts = dict(networks=nn.ModuleList(networks), averaged=nn.ModuleList(averaged))
-        parts |= {f"optimizer{k}": optimizer for k, optimizer in enumerate(optimizers, 1)}
-        parts |= {f"scheduler{k}": scheduler for k, scheduler in enumerate(schedulers, 1)}
+        parts = dict(network=network, averaged=averaged, optimizer=optimizer, scheduler=scheduler)
         for epoch in run.epochs(train, test, **parts):
-            divisions = [divide(p, given, epoch - args.warm_up, args) for p in predict_each(averages, images, args)]
-            scalars = {"lr": schedulers[0].get_last_lr()[0]}
-            for k, division in enumerate(reversed(divisions)):  # that of the other network, where there are two
-                balance = torch.where(division.labelled, given, -1) if args.oversample else None
-                batches = loaders[k].epoch(epoch, balance, strong=args.semi and epoch > args.warm_up)
-                own = division_scalars(division, given, clean) | train_one_epoch(
-                    networks[k], averaged[k], optimizers[k], batches, given, division, clean, epoch, args
-                )
-                schedulers[k].step()
-                scalars |= {f"{tag}/net2": value for tag, value in own.items()} if k else own
-            probs = predict_each(averages, test_images, args)
-            if len(averages) == 2:
-                own = (probs.argmax(2).cpu() == test.labels).float().mean(1).tolist()
-                scalars |= {"accuracy/test/net1": own[0], "accuracy/test/net2": own[1]}
-            run.end_epoch(epoch, scalars, probs.mean(0))
-        probs = predict_each(averages, images, args).mean(0)
+            division = divide(predict(averaged.module, images, args), given, epoch - args.warm_up, args)
+            balance = torch.where(division.labelled, given, -1) if args.oversample else None
+            batches = loader.epoch(epoch, balance, strong=args.semi and epoch > args.warm_up)
+            scalars = division_scalars(division, given, clean) | {"lr": scheduler.get_last_lr()[0]}
+            scalars |= train_one_epoch(network, averaged, optimizer, batches, given, division, clean, epoch, args)
+            scheduler.step()
+            run.end_epoch(epoch, scalars, predict(averaged.module, test_images, args))
+        probs = predict(averaged.module, images, args)
         losses = detection_losses(probs, given, args.detect_by)
         picture = partial(figures.mixtures, losses, train, fit_mixture, args.mixture == "class")
-        run.finish(probs, averages, mixtures=picture)
+        run.finish(probs, [averaged.module], mixtures=picture)
     return 0
 
 

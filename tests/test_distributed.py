@@ -32,7 +32,7 @@ EXACT = {
     "cocuring": "--noise 0.4 --delta 0.02",
     "scn": "--noise 0.4 --no-rank --relabel-batch --margin2 0.02",
     "ncctfer": "--noise 0.4 --no-threshold --no-negative",
-    "twostage": "--noise 0.4 --networks 2 --ema 0.5 --margin-scale 0.5",
+    "twostage": "--noise 0.4 --ema 0.5 --margin-scale 0.5",
     "jointgan": "--noise 0.2 0.4 --lambda 0 --no-va",
 }
 # Scalars of a batch, which are means over the processes: the groups of SCN's ranking, NCCTFER's thresholds.

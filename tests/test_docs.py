@@ -267,7 +267,6 @@ RUNS = {  # flags with which a script writes all its tags in two epochs
     "jointgan": "--noise 0.3 0.4 --va-noise 0.3 --warm-up 0 --width 0.02",
     "cocuring": "--warm-up 0 --delta 0",
     "scn": "--warm-up 0 --margin2 0 --relabel-batch",
-    "twostage": "--warm-up 1 --networks 2",
 }
 
 
@@ -280,8 +279,6 @@ def tags_of(folder: Path) -> set[str]:
     found = {tag for kind in ("scalars", "images", "histograms") for tag in tags[kind]}
     classes = "|".join(map(re.escape, toyfaces.CLASSES))
     found = {re.sub(rf"/({classes})$", "/<class>", tag) for tag in found}
-    second = {tag for tag in found if tag.replace("/net2", "") in found - {tag} and tag.replace("2", "1") not in found}
-    found = found - second | {"<tag>/net2" for _ in second}
     return {re.sub(r"^score/[^/]+/", "score/<name>/", re.sub(r"/set\d$", "/set<k>", tag)) for tag in found}
 
 

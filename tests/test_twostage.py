@@ -539,74 +539,51 @@ def audit_of(folder):
         ["--warm-up", "2", "--epochs", "4", "--rebalance", "logits", "--oversample"],
         ["--warm-up", "1", "--floor", "one", "--no-semi", "--seed", "3"],
         ["--warm-up", "3", "--epochs", "8", "--head-lr", "0.3", "--margin-scale", "1"],
-        ["--networks", "2", "--warm-up", "1", "--epochs", "4", "--decay", "0.5", "--oversample"],
     ],
 )
 def test_main_hands_the_right_things_to_both_stages(flags, record):
     args, epochs, folder = record("--lr", "0.01", "--head-lr", "0.003", "--ema", "0.6", *flags)
     history, (given, scores), (faces, clean) = lines(folder), audit_of(folder), toy_inputs("train")
-    networks = range(args.networks)
-    plain, average = [Plain() for _ in networks], [Plain() for _ in networks]
-    for k in networks:
-        plain[k].load_state_dict(twostage.make_network(args, CLASSES, k=k + 1).state_dict())
-        average[k].load_state_dict(plain[k].state_dict())
-    assert args.networks == 1 or not torch.equal(plain[0].head.weight, plain[1].head.weight)
-    adam, (test, test_labels) = [plain_optimizer(network, args) for network in plain], toy_inputs("test")
-    steps, by_network, epochs = [0] * args.networks, epochs, iter(epochs)
+    plain, average, steps = Plain(), Plain(), [0]
+    plain.load_state_dict(twostage.make_network(args, CLASSES).state_dict())
+    average.load_state_dict(plain.state_dict())
+    adam, (test, test_labels) = plain_optimizer(plain, args), toy_inputs("test")
 
-    assert len(by_network) == len(history) * args.networks == args.epochs * args.networks
+    def after_step():
+        steps[0] += 1
+        ema_update(average, plain, args.ema, steps[0])
+
+    assert len(epochs) == len(history) == args.epochs
     assert (given != clean).float().mean() == pytest.approx(0.4, abs=0.03)
-    for epoch, line in enumerate(history, 1):
-        semi, found = args.semi and epoch > args.warm_up, []
-        for network in average:
-            found.append(plain_division(predicted(network, faces), given, epoch - args.warm_up, args))
-        for k, batches in zip(networks, epochs):
-            division = found[-1 - k]  # of two networks each trains on the division of the other
-            kept, drawn = torch.tensor(division.labelled), torch.cat([index for _, index in batches])
-            times = torch.bincount(drawn, minlength=len(given))
-            if args.oversample:
-                of_class = [times[kept & (given == c)].sum().item() for c in set(given.tolist())]
-                assert max(of_class) - min(of_class) <= 1 and times.sum() == len(given)
-                assert (times[~kept] == 1).all()
-            else:
-                assert (times == 1).all()
-            assert {len(index) for _, index in batches} == {args.batch_size}
-            assert all((strong is None) == (not semi) for (_, strong), _ in batches)  # not made in vain
-
-            def after_step(k=k):
-                steps[k] += 1
-                ema_update(average[k], plain[k], args.ema, steps[k])
-
-            expected = plain_division_scalars(division, given, clean, torch.tensor(division.clean).float())
-            expected |= plain_epoch(plain[k], adam[k], batches, given, division, clean, semi, args, after_step)
-            named = {f"{tag}/net2" if k else tag: value for tag, value in expected.items()}
-            for tag in [tag for tag, values in named.items() if isinstance(values, list)]:
-                values = zip(toyfaces.CLASSES, named.pop(tag))
-                named |= {f"{tag}/{name}": value for name, value in values if value is not None}
-            same_scalars({tag: line[tag] for tag in named}, named, rel=1e-3)
-            for group in adam[k].param_groups:
-                group["lr"] *= args.decay
-        assert line["lr"] == pytest.approx(args.lr * args.decay ** (epoch - 1))
-        right = torch.stack([predicted(network, test) for network in average]).mean(0).argmax(1) == test_labels
-        assert line["accuracy/test"] == right.double().mean()
-        alone = [(predicted(network, test).argmax(1) == test_labels).double().mean().item() for network in average]
-        if args.networks == 2:
-            assert [line["accuracy/test/net1"], line["accuracy/test/net2"]] == pytest.approx(alone)
-    assert ("accuracy/test/net1" in line) == (args.networks == 2)
-    assert history[-1]["labelled/share"] < 1
-    orders = [torch.cat([index for _, index in batches]).tolist() for batches in by_network]
-    assert all(a != b for a, b in zip(orders, orders[1:]))  # a new order in each epoch, and for each network
+    for epoch, (batches, line) in enumerate(zip(epochs, history), 1):
+        division = plain_division(predicted(average, faces), given, epoch - args.warm_up, args)
+        kept, drawn = torch.tensor(division.labelled), torch.cat([index for _, index in batches])
+        times = torch.bincount(drawn, minlength=len(given))
+        if args.oversample:
+            of_class = [times[kept & (given == c)].sum().item() for c in set(given.tolist())]
+            assert max(of_class) - min(of_class) <= 1 and times.sum() == len(given)
+            assert (times[~kept] == 1).all()
+        else:
+            assert (times == 1).all()
+        semi = args.semi and epoch > args.warm_up
+        assert {len(index) for _, index in batches} == {args.batch_size}
+        assert all((strong is None) == (not semi) for (_, strong), _ in batches)  # not made in vain
+        expected = plain_division_scalars(division, given, clean, torch.tensor(division.clean).float())
+        expected |= plain_epoch(plain, adam, batches, given, division, clean, semi, args, after_step)
+        expected["lr"] = args.lr * args.decay ** (epoch - 1)
+        for tag in [tag for tag, values in expected.items() if isinstance(values, list)]:
+            values = zip(toyfaces.CLASSES, expected.pop(tag))
+            expected |= {f"{tag}/{name}": value for name, value in values if value is not None}
+        same_scalars({tag: line[tag] for tag in expected}, expected, rel=1e-3)
+        for group in adam.param_groups:
+            group["lr"] *= args.decay
+        assert line["accuracy/test"] == (predicted(average, test).argmax(1) == test_labels).double().mean()
+    assert history[-1]["labelled/share"] < 1 and not torch.equal(epochs[0][0][1], epochs[1][0][1])
     if args.margin_scale == 1:  # a network that is sure: margins depend on the number of cycles, pseudo-labels are used
         assert max(division.margins) > 0.8 and any(line["loss/pseudo"] > 0.01 for line in history)
-    states = torch.load(folder / "model.pt", weights_only=True)["networks"]
-    for network, state in zip(average, states, strict=True):
-        same_weights(network, state)
-    probs = torch.stack([predicted(network, faces) for network in average]).mean(0)
+    same_weights(average, torch.load(folder / "model.pt", weights_only=True)["networks"][0])
+    probs = predicted(average, faces)
     assert scores == pytest.approx((probs.amax(1) - probs[range(len(given)), given]).tolist(), abs=1e-4)
-    if args.networks == 2:
-        pixels = (faces * torch.tensor(common.STD)[:, None, None] + torch.tensor(common.MEAN)[:, None, None]) * 255
-        restored, _ = twostage.restore(states, args, CLASSES, torch.device("cpu"))(pixels.round().byte())
-        torch.testing.assert_close(restored, probs, rtol=1e-3, atol=1e-4)
 
 
 def test_the_order_follows_the_seed(record):
@@ -700,14 +677,13 @@ def test_the_averaged_network_is_what_is_kept(tiny, undrawn, tmp_path):
     states = {name: torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("run--ema0", "run")}
     for name, state in states.items():
         model = torch.load(tmp_path / name / "model.pt", weights_only=True)["networks"][0]
-        assert all(torch.equal(model[key], state["averaged"]["0.module." + key]) for key in model)
-        same = all(torch.equal(model[key], state["networks"]["0." + key]) for key in model)
+        assert all(torch.equal(model[key], state["averaged"]["module." + key]) for key in model)
+        same = all(torch.equal(model[key], state["network"][key]) for key in model)
         assert same == (name == "run--ema0")
 
 
-@pytest.mark.parametrize("networks", ["1", "2"])
-def test_a_stopped_run_ends_as_if_it_was_not(networks, tiny, undrawn, tmp_path, monkeypatch):
-    check_resume(twostage.main, [*tiny, "--warm-up", "1", "--networks", networks], tmp_path, monkeypatch)
+def test_a_stopped_run_ends_as_if_it_was_not(tiny, undrawn, tmp_path, monkeypatch):
+    check_resume(twostage.main, [*tiny, "--warm-up", "1"], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("size", ["2", "3"])
@@ -720,7 +696,6 @@ def test_batches_of_two_and_three_run(size, tiny, undrawn, tmp_path):
     "arguments, words",
     [
         (["--warm-up", "-1"], "warm-up"),
-        (["--networks", "3"], "networks"),
         (["--ema", "1"], "ema"),
         (["--clean-above", "1"], "clean-above"),
         (["--rebalance", "some"], "rebalance"),
