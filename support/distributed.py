@@ -165,6 +165,14 @@ def reports_errors(main):
     return wrapped
 
 
+def another_failed(processes: Several) -> bool:
+    """Whether another process has reported a failure, or the reports are gone with the process that keeps them."""
+    try:
+        return any(processes.reports.check([str(rank)]) for rank in range(processes.count) if rank != processes.rank)
+    except RuntimeError:
+        return True
+
+
 def run_as_one(processes: Several, run, argv) -> int:
     """run(argv) -> exit status. Only rank 0 prints, and another that fails where rank 0 does not."""
     said, status = io.StringIO(), 2
@@ -175,12 +183,13 @@ def run_as_one(processes: Several, run, argv) -> int:
                 stack.enter_context(contextlib.redirect_stderr(said))
             status = run(argv)
     except RuntimeError:  # the connection broke because another process has failed?
-        if not any(processes.reports.check([str(rank)]) for rank in range(processes.count) if rank != processes.rank):
+        if not another_failed(processes):
             raise
         return 2
     finally:
         if status:
-            processes.reports.set(str(processes.rank), "failed")
+            with contextlib.suppress(RuntimeError):  # the reports are gone
+                processes.reports.set(str(processes.rank), "failed")
     if status and processes.rank:
         try:
             processes.reports.wait(["0"], REPORT)

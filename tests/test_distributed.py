@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from support import distributed, figures, runs, toyfaces
@@ -204,13 +205,15 @@ def decisions() -> dict:
     return joined(work)
 
 
-def fail(rank: int, after: int) -> dict:
-    """A process that fails by itself, in the middle of an epoch."""
+def fail(rank: int, after: int, late: float = 0) -> dict:
+    """A process that fails by itself, in the middle of an epoch; the other notices it so many seconds later."""
 
     def work():
-        for step, (_, index) in enumerate(loader_of(40, 2).epoch(1)):
-            if (common.processes.rank, step) == (rank, after):
-                raise UserError("the disk of this machine is full")
+        for step, _ in enumerate(loader_of(40, 2).epoch(1)):
+            if step == after:
+                if common.processes.rank == rank:
+                    raise UserError("the disk of this machine is full")
+                time.sleep(late)
             common.processes.sum(torch.zeros(1))
 
     return joined(work)
@@ -230,13 +233,28 @@ def run_jobs(path: str) -> None:
     jobs, rank = json.loads(Path(path).read_text()), os.environ["RANK"]
     patch_for_tests(setattr)
     results = []
-    for job in jobs:
-        os.environ["MASTER_PORT"] = str(job.pop("port"))
+    for number, job in enumerate(jobs):
+        os.environ["MASTER_PORT"] = agreed_port(Path(path).with_suffix(f".port{number}"), rank)
         results.append(globals()[job.pop("what")](**job))
         if dist.is_initialized():  # as it is left after an error
             dist.destroy_process_group()
         step_alone()
     Path(path).with_suffix(f".{rank}").write_text(json.dumps(results))
+
+
+def agreed_port(file: Path, rank: str) -> str:
+    """A port that is free now: one that was free before the first job may be another program's at the last one."""
+    if rank == "0":
+        common.write_atomically(file, lambda temporary: temporary.write_text(str(free_port())))
+    while not file.exists():
+        time.sleep(0.01)
+    return file.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 if __name__ == "__main__":
@@ -248,34 +266,28 @@ if __name__ == "__main__":
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def in_two_processes(jobs: list[dict], folder: Path) -> tuple[list[list[dict]], list[tuple[str, str]]]:
     """The results of the jobs, of each process; and its output and errors."""
     file = folder / "jobs.json"
-    file.write_text(json.dumps([{"port": free_port(), **job} for job in jobs]))
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    file.write_text(json.dumps(jobs))
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     shared |= {"TOGETHER": str(folder / "together"), "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(file)],
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    written = [[folder / f"{kind}{rank}" for kind in ("out", "err")] for rank in "01"]
+    started = []
     try:
-        said = [process.communicate(timeout=900) for process in started]
+        for rank, (out, err) in zip("01", written):
+            with out.open("w") as stdout, err.open("w") as stderr:
+                command, own = [sys.executable, __file__, str(file)], shared | {"RANK": rank, "LOCAL_RANK": rank}
+                started.append(subprocess.Popen(command, env=own, stdout=stdout, stderr=stderr))
+        end = time.monotonic() + 900
+        while None in (codes := [process.poll() for process in started]) and not any(codes) and time.monotonic() < end:
+            time.sleep(0.1)
     finally:
         for process in started:  # one that has failed leaves the other waiting
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
+            process.wait()
+    said = [(out.read_text(), err.read_text()) for out, err in written]
+    assert codes == [0, 0], said
     return [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in "01"], said
 
 
@@ -307,6 +319,7 @@ def several(folder):
     jobs["large", ""] = dict(what="train", script="scn", argv=[*argv, "--overwrite", "--batch-size", "23"])
     jobs["evaluate", ""] = dict(what="train", script="scn", argv=["--evaluate", f"{folder}/scn-whole-2/model.pt"])
     jobs["first fails", ""] = dict(what="fail", rank=0, after=2)
+    jobs["first is gone", ""] = dict(what="fail", rank=0, after=2, late=3)
     jobs["second fails", ""] = dict(what="fail", rank=1, after=2)
     results, said = in_two_processes(list(jobs.values()), folder)
     found = {key: [result[k] for result in results] for k, key in enumerate(jobs)}
@@ -490,9 +503,9 @@ def test_a_refusal_of_the_first_process_ends_all_and_is_said_once(several):
 
 def test_an_error_of_one_process_ends_all_and_is_said_by_it(several):
     (_, errors), (_, other) = several["said"]
-    assert [result["status"] for result in several["first fails", ""]] == [2, 2]
-    assert [result["status"] for result in several["second fails", ""]] == [2, 2]
-    assert errors.count("the disk of this machine is full") == 1
+    for job in ("first fails", "first is gone", "second fails"):
+        assert [result["status"] for result in several[job, ""]] == [2, 2]
+    assert errors.count("the disk of this machine is full") == 2
     assert other.count("the disk of this machine is full") == 1 and "process 1: " in other
     assert "Traceback" not in errors + other
 
