@@ -9,6 +9,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: the workers, and what they start, share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import runs, toyfaces  # noqa: E402
