@@ -184,6 +184,10 @@ class Encoder(nn.Module):
         layers += [nn.Flatten(), nn.Linear(c * (size // 32) ** 2, hidden), nn.ReLU()]
         layers += [nn.Dropout(0.5), nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(0.5)] if authors else []
         self.trunk = nn.Sequential(*layers)
+        for conv in self.trunk if authors else []:  # as theirs: without normalisation PyTorch's own start is too small
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(conv.bias)
         self.mean, self.log_variance = Head(hidden, LATENT), Head(hidden, LATENT)
         self.labels = nn.ModuleList(Head(hidden, count) for count in set_classes)
         self.va = nn.ModuleList([Head(hidden, 2)] if has_va else [])

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from support.networks import weights_computed
 from support.streams import reason_of
 
 import numpy as np
@@ -157,7 +158,7 @@ def generate_faces(decoder, y0: Tensor, labels: Tensor, va: Tensor | None, sets:
     """Joint-distribution GAN: uint8 (N, 3, size, size) on the CPU, from y0 (N, L), labels (N, C), va (N, 2) or None."""
     decoder.eval()
     vectors = [y0, *[labels] * (sets if args.expression else 0), *([] if va is None else [va])]
-    with common.autocast(y0.device, args.precision):
+    with weights_computed(decoder), common.autocast(y0.device, args.precision):
         faces = decoder(vectors)
     return (127.5 * (faces + 1)).round().clamp(0, 255).to(torch.uint8).cpu()
 

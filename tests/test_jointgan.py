@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 from support import figures, toyfaces
@@ -131,6 +132,12 @@ def test_the_encoder_of_the_authors():
         return [sum(isinstance(m, kind) for m in network.modules()) for kind in (nn.BatchNorm2d, nn.Dropout, nn.Linear)]
 
     assert kinds(own) == [13, 0, 5] and kinds(authors) == [0, 2, 6]
+    wide = Encoder(32, 0.25, [7], True, authors=True)
+    convolutions = [m for m in wide.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convolutions:  # the start of their encoder_net.py
+        assert conv.weight.std().item() == pytest.approx((2 / (9 * conv.out_channels)) ** 0.5, rel=0.15)
+        assert not conv.bias.any()
+    assert len(convolutions) == 13
     with torch.no_grad():
         for network in (own, authors):
             network.va[0].bias.fill_(5)
@@ -445,6 +452,23 @@ def test_faces_are_generated_in_evaluation_mode_from_vectors_in_the_order_of_tra
     args.expression = False
     generate_faces(Decoder(), y0, labels, va, 3, args)
     assert seen == [(False, [5, 7, 7, 7, 2]), (False, [5, 7]), (False, [5, 2])]
+
+
+def test_the_norms_of_the_decoder_are_computed_before_autocast(monkeypatch):
+    decoder, within, seen = Decoder(32, 0.02, LATENT + 7), [False], []
+
+    @contextmanager
+    def autocast(*_):
+        within[0] = True
+        yield
+        within[0] = False
+
+    for module in filter(parametrize.is_parametrized, decoder.modules()):
+        module.parametrizations.weight[0].register_forward_hook(lambda *_: seen.append(within[0]))
+    monkeypatch.setattr(common, "autocast", autocast)
+    args = SimpleNamespace(precision="bf16", expression=True)
+    generate_faces(decoder, torch.zeros(2, LATENT), torch.eye(7)[:2], None, 1, args)
+    assert seen == [False] * 4
 
 
 def test_valence_and_arousal_are_scored_apart():
