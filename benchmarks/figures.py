@@ -33,6 +33,7 @@ from support import datasets  # noqa: E402 - found through the line above
 from support.decoding import decode  # noqa: E402
 from support.distributed import reports_errors  # noqa: E402
 from support.figures import faces, generate_faces, new_figure  # noqa: E402
+from support.inference import load_model  # noqa: E402
 from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.runs import Parser, positive_int  # noqa: E402
 
@@ -45,7 +46,7 @@ class Trained:
     """The first network of a run folder's model.pt in evaluation mode, its arguments and its data."""
 
     def __init__(self, folder: Path):
-        state = common.load_checkpoint(folder / "model.pt")
+        state, _ = load_model(folder / "model.pt", torch.device("cpu"))
         self.folder, self.method, self.classes = folder, state["method"], state["classes"]
         if self.method == "jointgan":
             raise UserError(f"{folder}: a run of jointgan; this figure needs a backbone")
@@ -104,16 +105,18 @@ def weights_figure(folders: list[Path], columns: int):
 def grad_cam(network: nn.Module, head: nn.Linear, x: Tensor, smallest: int = 6) -> tuple[Tensor, Tensor]:
     """Grad-CAM (Selvaraju et al., 2017, Eqs. 1-2) of the predicted class, scaled to [0, 1], and the softmax outputs.
 
-    x: (N, 3, H, W). Taken at the deepest part of the backbone whose map is `smallest` pixels wide or more: the last
+    x: (N, 3, H, W). Taken at the deepest block of the backbone whose map is `smallest` pixels wide or more: the last
     stage of a ResNet has 7 at 224 px, as in the papers, but 2 at 48 px. Returns (N, H, W) and (N, C).
     """
     kept = {}
+    stages = network.backbone.children()
+    blocks = [part for stage in stages for part in (stage if isinstance(stage, nn.Sequential) else [stage])]
 
     def keep(part, _, output):
         if output.ndim == 4 and output.shape[-1] >= smallest:
             kept["map"] = output
 
-    hooks = [part.register_forward_hook(keep) for part in network.backbone.children()]
+    hooks = [part.register_forward_hook(keep) for part in blocks]
     logits = head(network.backbone(x))
     for hook in hooks:
         hook.remove()
@@ -212,6 +215,8 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
         raise UserError(f"{folder}: a run on {args.data}; only ferplus comes with votes")
     names, votes, sources, _ = datasets.ferplus_votes(Path(args.root), "train")
     place = {name: i for i, name in enumerate(names)}
+    if unknown := [row["name"] for row in rows if row["name"] not in place]:
+        raise UserError(f"{args.root}: no majority for {unknown[0]}; the votes are not those of {folder}")
     found = [place[row["name"]] for row in rows]
     counts, classes = votes[found], list(datasets.FERPLUS_CLASSES)
     entropy, score = vote_entropy(counts), np.array([float(row["score"]) for row in rows])
@@ -235,14 +240,14 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
     return faces(torch.from_numpy(images), captions, ["black"] * len(captions), title, columns)
 
 
-def points_of(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """(epoch, value) of a scalar of a run."""
+def points_of(folder: Path, tag: str, needed: bool = True) -> list[tuple[int, float]]:
+    """(epoch, value) of a scalar of a run; none, if it is not needed, where the run has not logged it."""
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         raise UserError(f"{folder}: no metrics.jsonl of a run") from None
     points = [(line["epoch"], line[tag]) for line in lines if tag in line]
-    if not points:
+    if needed and not points:
         there = ", ".join(sorted(lines[-1]) if lines else ["no lines"])
         raise UserError(f"{folder}: no {tag} in metrics.jsonl; there are {there}")
     return points
@@ -260,8 +265,13 @@ def scalar_figure(tag: str, folders: list[Path]):
 
 
 def overview_figure(run: Path, baseline: Path, columns: int = 4, rows: int = 2):
-    """The faces of the most suspicious labels of a run, beside its test accuracy and that of its baseline."""
+    """The faces of the most suspicious labels of a run, beside its test accuracy and that of its baseline.
+
+    For a method that corrects labels also the share of them that are correct.
+    """
     train = Trained(run).train
+    if train.clean is None:
+        raise UserError(f"{run}: a run without injected noise; nobody knows which of its labels are wrong")
     places = {name: i for i, name in enumerate(train.names)}
     with open(run / "labels.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))[: columns * rows]
@@ -271,7 +281,7 @@ def overview_figure(run: Path, baseline: Path, columns: int = 4, rows: int = 2):
     for axes, line in zip(left.subplots(rows, columns).flat, lines):
         axes.imshow(train.images[places[line["name"]]].expand(3, -1, -1).permute(1, 2, 0).numpy())
         axes.axis("off")
-        wrong = line.get("clean", line["given"]) != line["given"]
+        wrong = line["clean"] != line["given"]
         caption = f"{line['given']}\n\N{RIGHTWARDS ARROW} {line['final']}"
         axes.set_title(caption, fontsize=8, color="tab:green" if wrong else "black")
     axes = right.add_subplot(xlabel="epoch", ylabel="test accuracy (%)")
@@ -279,8 +289,9 @@ def overview_figure(run: Path, baseline: Path, columns: int = 4, rows: int = 2):
     for folder in (run, baseline):
         axes.plot(*zip(*((epoch, 100 * value) for epoch, value in points_of(folder, "accuracy/test"))),
                   marker=".", label=folder.name)
-    corrected = [(epoch, 100 * value) for epoch, value in points_of(run, "labels/accuracy")]
-    axes.plot(*zip(*corrected), "--", color="tab:green", label=f"{run.name}: labels that are correct")
+    if corrected := points_of(run, "labels/accuracy", needed=False):
+        epochs, shares = zip(*((epoch, 100 * share) for epoch, share in corrected))
+        axes.plot(epochs, shares, "--", color="tab:green", label=f"{run.name}: labels that are correct")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     return figure
@@ -290,7 +301,7 @@ class Maker:
     """The decoder of a run of jointgan.py, and what its faces are made of."""
 
     def __init__(self, folder: Path):
-        state = common.load_checkpoint(folder / "model.pt")
+        state, _ = load_model(folder / "model.pt", torch.device("cpu"))
         if state["method"] != "jointgan":
             raise UserError(f"{folder}: a run of {state['method']}; only jointgan.py generates faces")
         self.args, self.classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]

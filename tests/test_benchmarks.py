@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from support import runs
+from support.face_backbones import DlibResNet
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build_ferplus, build_ferplus_csv, lines
 from PIL import Image
 
@@ -192,6 +194,23 @@ def test_grad_cam_of_a_linear_map_is_the_weighted_map():
     )
 
 
+def test_grad_cam_of_dlibs_network_is_taken_at_the_last_block_with_6_pixels():
+    torch.manual_seed(1)
+    backbone, head = DlibResNet((2, 4, 6, 8), (1, 1, 1, 1)).eval(), torch.nn.Linear(128, 3)
+    x = torch.randn(3, 3, 104, 104)
+    stem = F.relu(backbone.bn(backbone.conv(x * backbone.scale + backbone.shift)))
+    last = backbone.blocks[:5](F.max_pool2d(stem, 3, 2)).detach().requires_grad_()  # 24, 12, 12, 6, 6 pixels
+    assert last.shape == (3, 6, 6, 6) and backbone.blocks[5](last).shape[-1] == 3
+    logits = head(backbone.fc(backbone.blocks[5:](last).mean((2, 3))))
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), last)
+    expected = (gradient.mean((2, 3), keepdim=True) * last).sum(1, keepdim=True).relu().detach()
+    expected = F.interpolate(expected, (104, 104), mode="bilinear")[:, 0]
+    assert (expected.amax((1, 2)) > 0).any()
+    cam, probs = figures.grad_cam(SimpleNamespace(backbone=backbone), head, x)
+    torch.testing.assert_close(cam, expected / expected.amax((1, 2), keepdim=True).clamp(min=1e-12))
+    torch.testing.assert_close(probs, logits.softmax(1).detach())
+
+
 def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
     def run(script, name, *flags):
         assert (
@@ -211,6 +230,7 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
         ["gradcam", other, cured, peers, "--columns", "9"],
         ["tsne", other],
         ["overview", cured, noisy],
+        ["overview", other, noisy],  # a method that corrects no labels
     ):
         if command[0] == "tsne":
             pytest.importorskip("sklearn")
@@ -224,12 +244,17 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
     assert shown[0].get_title().startswith(first["given"]) and shown[0].get_title().endswith(first["final"])
     accuracies = [[100 * line["accuracy/test"] for line in lines(Path(path))] for path in (cured, noisy)]
     assert [line.get_ydata() for line in shown[8].lines[:2]] == [pytest.approx(values) for values in accuracies]
+    assert [len(figures.overview_figure(Path(path), Path(noisy)).axes[8].lines) for path in (cured, other)] == [3, 2]
+    (tmp_path / "odd").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "odd" / "model.pt")
     for command, words in (
+        (["tsne", str(tmp_path / "odd")], "not a model.pt of a finished run"),
+        (["plane", str(tmp_path / "odd")], "not a model.pt of a finished run"),
         (["weights", clean, noisy, other], "of ncctfer"),
         (["weights", cured, noisy, clean], "injected noise"),
         (["gradcam", str(tmp_path)], "model.pt"),
         (["gradcam", run(jointgan, "gan")], "of jointgan"),
-        (["overview", clean, noisy], "no labels/accuracy"),
+        (["overview", clean, noisy], "without injected noise"),
     ):
         capsys.readouterr()
         assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
@@ -266,7 +291,12 @@ def test_suspicion_is_shown_beside_the_votes(build, tiny, tmp_path, capsys):
     assert (
         figures.main(["scalar", "accuracy/train", str(tmp_path / "run"), str(tmp_path / "toy"), "--out", str(out)]) == 0
     )
+    rows = (tmp_path / "run" / "labels.csv").read_text()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "args.json").write_text((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "moved" / "labels.csv").write_text(rows.replace(rows.splitlines()[1].split(",")[0], "other.png"))
     for command, words in (
+        (["votes", str(tmp_path / "moved")], "no majority for other.png"),
         (["votes", str(tmp_path / "toy")], "a run on toy"),
         (["votes", str(tmp_path)], "labels.csv"),
         (["scalar", "no/tag", str(tmp_path / "run")], "no/tag"),
