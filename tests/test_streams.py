@@ -192,6 +192,14 @@ def test_ctrl_c_while_packages_are_imported_is_one_line(script, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")
 
 
+def test_an_imported_function_leaves_the_handling_of_errors_alone(tmp_path):
+    code = "import sys; before = sys.excepthook; import cocuring, support; assert sys.excepthook is before"
+    (tmp_path / "mine.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command in ([str(tmp_path / "mine.py")], ["-c", code]):
+        subprocess.run([sys.executable, *command], env=environment, check=True, timeout=120)
+
+
 def test_other_errors_of_an_import_are_shown(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch for this machine')\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
