@@ -232,7 +232,10 @@ TURNS = {  # of the EXIF tag Orientation
 def upright(image: Image.Image) -> Image.Image:
     """Turned by its EXIF tag alone: Pillow's exif_transpose writes the other tags anew, and fails on odd ones."""
     image.load()  # a TIFF turns itself
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many kinds where the tags are damaged; the pixels are whole
+        turn = None
     return image if turn is None else image.transpose(turn)
 
 
@@ -300,7 +303,7 @@ def align(job: tuple[str, str], args) -> list[dict]:
 
 def write_whole(path: Path, write) -> None:
     """Call write(temporary path), then rename it to `path`: a file that is there is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -442,7 +445,7 @@ def check_settings(args) -> str:
     keys = ("size", "margin", "face", "min_confidence", "detect_size", "format")
     settings = {key: getattr(args, key) for key in keys} | {"photos": str(args.photos.resolve())}
     note = args.out / "faces.json"
-    if args.out.exists() and not note.exists() and any(args.out.iterdir()):
+    if args.out.exists() and not note.exists() and any(file.name != ".DS_Store" for file in args.out.iterdir()):
         raise UserError(f"--out {args.out} holds files that are not crops of this program: name another folder")
     if note.exists() and not args.overwrite:
         try:
@@ -512,7 +515,7 @@ def run(args) -> None:
     if todo:  # else nobody waits for TensorFlow
         try:
             import_mtcnn()
-        except ImportError as error:
+        except Exception as error:  # TensorFlow raises many kinds where its parts do not fit together
             raise UserError(f"no face detector ({reason_of(error)}): pip install -r requirements-align.txt") from None
     if rows:
         print(f"{len(rows):,} of {len(jobs):,} photographs are done already")

@@ -70,7 +70,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # meta has no numbers, mps no float64: see `Means`
         return device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from None
 
 
@@ -84,7 +84,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str):
-    """The context in which networks run: bf16 autocast, or nothing for fp32. Losses and softmax belong outside."""
+    """The context in which networks run: bf16 autocast, or nothing for fp32. Losses belong outside."""
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
@@ -157,7 +157,7 @@ def load_pretrained(model: nn.Module, path) -> int:
 
 def write_atomically(path, write) -> None:
     """Call write(temporary path), then rename it to `path`: a killed process never leaves half a file there."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp{int.from_bytes(os.urandom(6), 'big')}")  # in containers all process numbers may be 1
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -192,7 +192,7 @@ def load_checkpoint(path) -> dict:
 # Batches
 # ----------------------------------------------------------------------------------------------------------------------
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as all the papers' codes
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the papers' codes on RAF-DB and FERPlus
 
 
 @functools.lru_cache

@@ -3,6 +3,7 @@
 Letters in shapes: N samples, C channels, H and W pixels.
 """
 
+import contextlib
 import csv
 import errno
 import glob
@@ -13,10 +14,10 @@ import os
 import pickle
 import re
 import stat
+import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def stat_regular(path) -> os.stat_result:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def reading(where, what: str):
     """Turns whatever goes wrong inside into a UserError: "WHERE: could not be read as WHAT (reason)"."""
     try:
@@ -349,10 +350,15 @@ def say_passed_over(where, counts: Counter) -> None:
 def images_below(top: Path) -> list[Path]:
     """The images at any depth of a folder that need not be classes, by name, links followed, each folder once.
 
-    Not the hidden ones, nor the sheets of align_faces.py. Formats that are not read are counted on the screen.
+    Not the hidden ones, nor the sheets of align_faces.py. Formats that are not read are counted on the screen. Raises
+    UserError for a folder that cannot be listed.
     """
     paths, met, passed_over = [], set(), Counter()
-    for folder, inner, names in os.walk(top, followlinks=True):
+
+    def refuse(error: OSError):
+        raise UserError(f"{one_line(error.filename)}: the folder cannot be listed ({error.strerror})")
+
+    for folder, inner, names in os.walk(top, onerror=refuse, followlinks=True):
         if (here := os.path.realpath(folder)) in met:
             inner.clear()
             continue
@@ -414,7 +420,10 @@ TURNS = {  # of the EXIF tag Orientation
 def upright(image: Image.Image) -> Image.Image:
     """Turned by its EXIF tag alone: Pillow's exif_transpose writes the other tags anew, and fails on odd ones."""
     image.load()  # a TIFF turns itself
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many kinds where the tags are damaged; the pixels are whole
+        turn = None
     return image if turn is None else image.transpose(turn)
 
 
@@ -475,9 +484,9 @@ def decode_all(index, args, split: str) -> Tensor:
         return torch.from_numpy(np.stack(index.sources))
 
     stamp = stamp_of(index)
-    place = hashlib.sha256(os.fsencode(Path(args.root).resolve())).hexdigest()[:8]
+    which = os.fsencode(Path(args.root).resolve()) + repr(index.names).encode()
     # Two processes that decode at once write the same pixels under one name, or others under another.
-    family = f"{args.data}-{place}-{split}{len(index.names)}-{args.size}px"
+    family = f"{args.data}-{hashlib.sha256(which).hexdigest()[:8]}-{split}{len(index.names)}-{args.size}px"
     file = Path(args.cache) / f"{family}-{stamp}.npy"
     with first_goes_ahead():
         images = load_cache(file, stamp)
@@ -520,7 +529,7 @@ def checksum(images: Tensor) -> int:
 
 
 def map_array(file: Path) -> Tensor:
-    large = file.stat().st_size > IN_MEMORY
+    large = file.stat().st_size > IN_MEMORY and os.name != "nt"  # Windows renames no mapped file
     mode = "c" if large else None  # "c": torch wants a writable view
     return torch.from_numpy(np.load(file, mmap_mode=mode, allow_pickle=False))
 
@@ -591,7 +600,14 @@ def size_and_mode(source) -> tuple[tuple[int, int] | None, str]:
 
 
 def remove_outdated(file: Path, family: str) -> None:
-    """Remove the caches of the same images in an earlier state: of the files so named, those that match their notes."""
+    """Remove the caches of the same images in an earlier state: of the files so named, those that match their notes.
+
+    So are the files that killed processes have left unfinished: nobody has written to them for a day.
+    """
+    for left in file.parent.glob(f"{glob.escape(family)}-*.tmp*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink()
     for other in file.parent.glob(f"{glob.escape(family)}-*.npy"):
         if other != file and load_cache(other, other.stem.removeprefix(f"{family}-")) is not None:
             other.unlink(missing_ok=True)

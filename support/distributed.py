@@ -67,7 +67,10 @@ class Several(common.Processes):
         for values, stamps in self.stamps.values():
             merge(values, stamps)
         self.stamps = {}
-        buffers = [b for module in self.modules for b in module.buffers() if b.is_floating_point()]
+        buffers = []
+        for module in self.modules:
+            state = module.state_dict()  # buffers that are not in it are constants, which a mean would round
+            buffers += [b for name, b in module.named_buffers() if name in state and b.is_floating_point()]
         replace(buffers, lambda flat: self.sum(flat / self.count))
 
 

@@ -97,20 +97,28 @@ def use_checkpoint(args, restore: Callable) -> int:
     for key in ("backbone", "size"):  # None: not on the command line
         if getattr(args, key, None) not in (None, own := state["args"].get(key)):
             raise UserError(f"{path}: a checkpoint of --{key} {own}, not of {getattr(args, key)}")
-    if folder.exists() and not args.overwrite:
-        raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
-    ours = (*EVALUATION, *PREDICTIONS)
-    if folder.exists() and not all(f.name in ours or is_unfinished(f.name, *ours) for f in folder.iterdir()):
-        raise UserError(f"{folder} holds other files than an evaluation or predictions: give another --name")
+    refuse_folder(folder, args.overwrite)
     (evaluate_checkpoint if args.evaluate else predict_images)(args, state, predictor, folder)
     return 0
 
 
-def make_empty(folder: Path) -> None:
-    """What is there is an evaluation or predictions, see `use_checkpoint`: two of these in one folder would mix."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
+def refuse_folder(folder: Path, overwrite: bool) -> list[Path]:
+    """Raise UserError for a folder that is not ours to write to, see `use_checkpoint`; the files that are replaced."""
+    if not folder.exists():
+        return []
+    if not overwrite:
+        raise UserError(f"{folder} is there already: --overwrite replaces what it holds, --name NAME writes beside it")
+    ours, files = (*EVALUATION, *PREDICTIONS), [file for file in folder.iterdir() if file.name != ".DS_Store"]
+    if not all(file.name in ours or is_unfinished(file.name, *ours) for file in files):
+        raise UserError(f"{folder} holds other files than an evaluation or predictions: give another --name")
+    return files
+
+
+def make_empty(folder: Path, overwrite: bool) -> None:
+    """An evaluation and predictions in one folder would mix. Asks again: another process may have written meanwhile."""
+    for file in refuse_folder(folder, overwrite):
         file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) -> None:
@@ -135,7 +143,7 @@ def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) ->
         print(f"{name:{width}}  {f'{scalars[tag]:7.2%}' if tag in scalars else '      -'} of {sum(row):,}")
     print(f"{'accuracy':{width}}  {scalars['accuracy/test']:7.2%}")
     print(f"{'mean class accuracy':{width}}  {scalars['accuracy/test_mean_class']:7.2%}")
-    make_empty(folder)
+    make_empty(folder, args.overwrite)
     record = {"checkpoint": args.evaluate, "data": args.data, "root": str(args.root), "split": args.split}
     record |= {"images": len(labels), **scalars, "classes": list(index.classes), "confusion": table}
     text = json.dumps(record, indent=1) + "\n"
@@ -159,7 +167,7 @@ def predict_images(args, state: dict, predictor: Callable, folder: Path) -> None
         shown = images[:32] if shown is None else shown
     probs = torch.cat(parts)
     captions = [f"{classes[p.argmax()]} {p.max():.2f}" for p in probs[: len(shown)]]
-    make_empty(folder)
+    make_empty(folder, args.overwrite)
     title = "Predicted class and its probability"
     write_atomically(folder / "predictions.csv", lambda file: write_predictions(file, paths, probs, classes))
     sheet = figures.faces, shown, captions, ["black"] * len(shown), title

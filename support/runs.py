@@ -1,7 +1,7 @@
 """Command line, presets and the run folder of the method scripts.
 
 A script takes from here, in this order: Parser, add_data_args, add_training_args, parse_with_presets; reports_errors
-(of streams.py) around its main; Run around its training.
+(of distributed.py) around its main; Run around its training.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def add_training_args(parser, backbone: bool = True) -> None:
     what = "learning rate of the backbone" if backbone else "learning rate"
     add("--lr", type=number(float, 0, open_low=True), help=what)
     add("--oversample", action=argparse.BooleanOptionalAction, help="class-balanced sampling by the given labels, "
-        "before any correction; on AffectNet without being asked")
+        "before any correction (twostage.py: by the kept ones); on AffectNet without being asked")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is computed natively")
     add("--compile", action="store_true", help="torch.compile the networks: minutes of compilation, for long runs only")
@@ -340,7 +340,8 @@ class Run:
     def refuse_strangers(self) -> None:
         """A folder is a run's only if its args.json says so; anything else that is not empty is refused."""
         names = [file.name for file in self.folder.iterdir()] if self.folder.is_dir() else []
-        if any(name != ".lock" and not is_unfinished(name, "args.json") for name in names) and not self.read_record():
+        theirs = [name for name in names if name not in (".lock", ".DS_Store") and not is_unfinished(name, "args.json")]
+        if theirs and not self.read_record():
             raise UserError(f"{self.folder} holds files, and no args.json says that it is a run's; give another --name")
 
     def read_record(self) -> dict:
@@ -468,6 +469,8 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk: end_epoch or finish has failed then
                 self.writer.close()
         else:  # training never began: leave nothing behind
+            if fcntl is None:  # Windows, which removes no open file
+                self.lock.close()
             with contextlib.suppress(OSError):  # not empty: somebody else's by now
                 (self.folder / ".lock").unlink()
                 for path in self.made:

@@ -263,6 +263,17 @@ def test_bad_input_is_refused(make, words, tmp_path, capsys):
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_detector_whose_parts_do_not_fit_together_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise TypeError("Descriptors cannot be created directly")
+
+    photograph(tmp_path / "photos" / "a.png")
+    monkeypatch.setattr(align_faces, "import_mtcnn", fail)
+    assert align(tmp_path / "photos", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert "Descriptors cannot" in error and "requirements-align.txt" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("missing", ["mtcnn", "tensorflow"])
 def test_without_the_detector_it_says_how_to_install_it(missing, tmp_path, monkeypatch, capsys):
     photograph(tmp_path / "photos" / "a.png")
@@ -368,6 +379,9 @@ def test_photographs_and_the_files_of_others_are_not_written_over(fake, tmp_path
         assert align(tmp_path / "photos", tmp_path / "mine", *more) == 2
         assert "not crops" in capsys.readouterr().err and list(mine.parent.iterdir()) == [mine]
     assert mine.read_bytes() == content
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / ".DS_Store").touch()  # what macOS writes into a folder that it shows
+    assert align(tmp_path / "photos", tmp_path / "shown") == 0
 
 
 def test_a_photograph_whose_name_is_taken_later_is_done_again(fake, tmp_path):

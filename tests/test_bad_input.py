@@ -125,6 +125,7 @@ CASES = {
     "label file that is not there": (nothing, ["--labels", "raf/none.csv"], ["none.csv"]),
     "checkpoint of something else": (text_checkpoint, ["--evaluate", "raf/model.pt"], ["model.pt"]),
     "device that is not there": (nothing, ["--device", "cuda:99"], ["cuda:99"]),
+    "device whose package is not there": (nothing, ["--device", "hpu"], ["--device hpu"]),
     "batch larger than the data": (nothing, ["--batch-size", "29"], ["--batch-size 29", "28"]),
     "unknown data": (nothing, ["--data", "nothing"], ["nothing"]),
     "unknown flag": (nothing, ["--no-such-flag"], ["--no-such-flag"]),

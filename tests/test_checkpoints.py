@@ -4,9 +4,10 @@ import argparse
 import csv
 import importlib
 import json
+import os
 from pathlib import Path
 
-from support import figures, toyfaces
+from support import figures, inference, toyfaces
 from support.datasets import load_data
 from support.inference import load_model
 from support.metrics import audit_scores
@@ -220,9 +221,42 @@ def test_overwrite_leaves_nothing_of_the_job_before(scn_model, tmp_path, monkeyp
     folder, to = tmp_path / "out" / "mine", [*place(tmp_path), "--name", "mine", "--overwrite"]
     save(picture(5, 32, 32), tmp_path / "face.png")
     assert scn.main(["--evaluate", str(scn_model), *to]) == 0
-    (folder / "evaluation.json.tmp7").write_text("half")
+    for name in ("evaluation.json.tmp7", ".DS_Store"):  # what macOS writes into a folder that it shows
+        (folder / name).write_text("half")
     assert scn.main(["--predict", str(scn_model), str(tmp_path / "face.png"), *to]) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["predictions.csv", "predictions.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", "predictions.csv", "predictions.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "words"), [([], "predictions.csv", "--overwrite"), (["--overwrite"], "args.json", "other files")]
+)
+def test_what_others_write_there_meanwhile_stays(flags, name, words, scn_model, tmp_path, monkeypatch, capsys):
+    def slow(*args, honest=inference.decode, **options):
+        folder = tmp_path / "out" / "mine"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+        return honest(*args, **options)
+
+    monkeypatch.setattr(inference, "decode", slow)
+    save(picture(5, 32, 32), tmp_path / "face.png")
+    job = ["--predict", str(scn_model), str(tmp_path / "face.png"), *place(tmp_path), "--name", "mine", *flags]
+    assert words in error_line(scn.main, job, capsys)
+    (left,) = (tmp_path / "out" / "mine").iterdir()
+    assert left.name == name and left.read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(scn_model, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        save(picture(5, 32, 32), tmp_path / "photos" / name / "face.png")
+
+    def refuse(path, honest=os.scandir):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    said = error_line(scn.main, ["--predict", str(scn_model), str(tmp_path / "photos"), *place(tmp_path)], capsys)
+    assert "photos/b: the folder cannot be listed (Permission denied)" in said and not (tmp_path / "out").exists()
 
 
 def test_a_full_device_is_not_taken_for_a_bad_checkpoint(scn_model, tmp_path, monkeypatch, capsys):

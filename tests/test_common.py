@@ -1,5 +1,6 @@
 """The foundation: batches and the draws of an epoch, backbones, checkpoints, means."""
 
+import os
 import threading
 import time
 import zipfile
@@ -31,6 +32,19 @@ def test_a_seed_is_a_function_of_its_key_in_every_process():
     assert 0 <= min(common.seed_of(k) for k in range(99)) and max(common.seed_of(k) for k in range(99)) < 2**63
     first, again, other = (torch.rand(3, generator=common.generator_of("a", k)) for k in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_two_processes_of_one_number_that_write_a_file_at_once_leave_one_whole(tmp_path, monkeypatch):
+    """In a container the number of each process is 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+
+    def write(temporary):
+        temporary.write_text("first")
+        common.write_atomically(tmp_path / "a", lambda other: other.write_text("second, which is longer"))
+        assert (tmp_path / "a").read_text() == "second, which is longer"
+
+    common.write_atomically(tmp_path / "a", write)
+    assert (tmp_path / "a").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 import resource
 import signal
 import struct
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -30,6 +31,8 @@ from conftest import (
     save,
 )
 from PIL import EpsImagePlugin, Image, ImageOps
+
+import align_faces
 
 
 def named(split):
@@ -471,6 +474,15 @@ def test_an_odd_tag_beside_the_orientation_does_no_harm(tmp_path):
     assert decoding.decode(tmp_path / "a.png", (8, 16), grey=False).shape == (3, 16, 8)
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!garbage", b"Exif\0\0II*\0"])
+@pytest.mark.parametrize("upright", [decoding.upright, align_faces.upright])
+def test_damaged_tags_beside_whole_pixels_do_no_harm(exif, upright, tmp_path):
+    image = picture(3, 16, 8)
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        assert np.array_equal(np.asarray(upright(stored)), np.asarray(image))
+
+
 def test_an_eps_file_named_jpg_never_reaches_ghostscript(tmp_path, monkeypatch):
     picture(1, 20, 20).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
@@ -791,6 +803,28 @@ def test_caches_of_an_earlier_state_are_removed_and_nothing_else(raf, arguments)
     assert not old.exists() and not old_note.exists()
     assert all(path.read_bytes() == content for path, content in others.items())
     assert len(list(cache.glob(f"{family}-*.npy"))) == 4 and len(list(cache.glob("raf-*-64px-*.npy"))) == 2
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(raf, arguments):
+    cache = raf.parent / "cache"
+    load_data(arguments("raf", raf))
+    path = cache_of(raf, ".npy")
+    old, new, mine = (cache / f"{path.stem}.npy.tmp1", cache / f"{path.stem}.npy.tmp2", cache / "mine.npy.tmp3")
+    for file in (old, new, mine):
+        file.write_text("half")
+    for file in (old, mine):
+        os.utime(file, (time.time() - 90000,) * 2)
+    path.unlink()
+    load_data(arguments("raf", raf))
+    assert not old.exists() and new.exists() and mine.exists()
+
+
+def test_caches_of_other_images_stay(tmp_path, arguments):
+    root = build_folder(tmp_path / "data", count=30)
+    flags = ("--limit", "20", "--batch-size", "2")
+    for split in ("test", "valid"):  # as many training images, others
+        load_data(arguments("folder", root, "--split", split, *flags))
+    assert len(list((tmp_path / "cache").glob("folder-*-train20-*.npy"))) == 2
 
 
 @pytest.fixture

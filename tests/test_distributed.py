@@ -159,12 +159,14 @@ def buffers() -> dict:
     def work():
         rank, norm = common.processes.rank, torch.nn.modules.batchnorm.BatchNorm1d(2)
         norm.running_mean.fill_(float(rank))
+        norm.register_buffer("constant", torch.tensor(float(rank)), persistent=False)  # none of the state
         norm.num_batches_tracked.fill_(7)
         distributed.average_buffers_of([norm, "no module"])
         before = norm.running_mean.tolist()
         for _ in loader_of(8, 2).epoch(1):
             pass
-        return {"before": before, "after": norm.running_mean.tolist(), "counter": int(norm.num_batches_tracked)}
+        result = {"before": before, "after": norm.running_mean.tolist(), "constant": norm.constant.item()}
+        return result | {"counter": int(norm.num_batches_tracked)}
 
     return joined(work)
 
@@ -476,6 +478,7 @@ def test_running_statistics_are_averaged_at_the_end_of_an_epoch(several):
     first, second = several["buffers", ""]
     assert first["before"] == [0, 0] and second["before"] == [1, 1]
     assert first["after"] == second["after"] == [0.5, 0.5] and first["counter"] == second["counter"] == 7
+    assert (first["constant"], second["constant"]) == (0, 1)
 
 
 def test_rank_0_decides_and_goes_first(several):

@@ -397,7 +397,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(script, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "precious"
 
 
-@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "args.json.tmp123"]])
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "args.json.tmp123"], [".DS_Store"]])
 def test_an_empty_folder_and_what_a_kill_at_the_start_left_are_taken(left, script, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     for name in left:
