@@ -53,14 +53,14 @@ def parse_args(argv=None):
     add_training_args(parser)
     parser.set_defaults(lr=1e-3, head_lr=1e-2)
     add = parser.add_argument_group("Co-curing").add_argument
-    add("--warm-up", type=number(int, 0), help="first epochs without relabelling, t_warm (ours: not in the paper)")
+    add("--warm-up", type=number(int, 0), help="first epochs without relabelling, t_warm (value: ours)")
     add("--beta", type=number(float, 0), help="shape of lambda's ramp-up, Eq. 3 (paper, Sec. 4.2: 0.65; ours from "
-        "scratch: 6, networks that are mostly wrong have nothing to mimic)")
+        "scratch on real faces: 6, networks that are mostly wrong have nothing to mimic)")
     add("--lambda-max", type=number(float, 0, 1), default=0.9, help="largest weight of the mimicry loss (paper, Sec. "
         "4.2)")
     add("--ramp", type=number(float, 0, 1), default=0.9, help="t_r / t_max, when lambda reaches its maximum (official "
         "code; the paper does not say)")
-    add("--delta", type=number(float, 0, 1), help="margin of relabelling, Eq. 4 (ours: not in the paper)")
+    add("--delta", type=number(float, 0, 1), help="margin of relabelling, Eq. 4 (value: ours)")
     add("--no-relabel", dest="relabel", action="store_false", help="Table 2, 'No relabeling'")
     add("--networks", type=int, choices=(1, 2), default=2, help="1, with --lambda-max 0 --no-relabel: plain training "
         "of one network (paper, Sec. 3: 2)")
@@ -68,8 +68,8 @@ def parse_args(argv=None):
         "each epoch (paper, Sec. 4.2)")
     add("--jitter", type=number(float, 0, 1), default=0.2, help="colour jitter: brightness, contrast, saturation "
         "within 1 +- this (paper, Sec. 4.2, names it; strength ours)")
-    add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours from scratch "
-        "on real faces: a twelfth of the size, without it the networks memorise from epoch 8 on)")
+    add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours on real "
+        "faces, from scratch and with dlib: a twelfth of the size, without it networks memorise from epoch 8 on)")
     args = parse_with_presets(parser, PRESETS, argv)
     if args.networks == 1 and (args.lambda_max or args.relabel):
         parser.error("--networks 1 has no peer to mimic or to agree with: it needs --lambda-max 0 --no-relabel")

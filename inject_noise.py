@@ -2,8 +2,8 @@
 
 The labels are those of a run with one `--noise RATE --noise-type TYPE --noise-seed SEED` on all training images, so a
 file fixes them for other people and other programs; the scripts read it with --labels. Files of several rates share one
-seed: their noise is not independent. For label sets as `jointgan.py --noise R1 R2` makes them write each file with its
-own --seed: 1, 2, ...
+seed: their noise is not independent. `jointgan.py --noise R1 R2` draws each label set with a seed of its own: to write
+the same sets, run this once for each rate, with --seed 1, then --seed 2, and so on.
 
     python inject_noise.py --data toy --noise 0.2 --seed 1                    # noise-toy-symmetric-0.2-s1.csv and .json
     python inject_noise.py --data raf --noise 0.1 0.2 0.3 --seed 1            # three files, one for each rate

@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--single-head", action="store_true", help="Table 1: consistency on the positive head, by default on its k "
         "least probable classes")
     add("--decay", type=number(float, 0, 1, open_low=True), help="factor on the learning rates after each epoch "
-        "(paper: none; ours from scratch: 0.95)")
+        "(paper: none; ours from scratch and with dlib: 0.95)")
     add("--crop", type=number(int, 0), default=4, help="weak view: pad by so many pixels and crop (paper, Sec. 4.2)")
     add("--operations", type=number(int, 0), default=2, help="strong view: operations of RandAugment (paper, Sec. 4.2)")
     add("--magnitude", type=number(int, 0, 30), default=10, help="strong view: magnitude of RandAugment, of 30 "

@@ -76,8 +76,8 @@ def parse_args(argv=None):
         "adam: 0)")
     add("--jitter", type=number(float, 0, 1), default=0.2, help="colour jitter: brightness, contrast, saturation "
         "within 1 +- this (ours: as cocuring.py; paper: not named)")
-    add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours from scratch "
-        "on real faces: as cocuring.py)")
+    add("--crop", type=number(int, 0), default=0, help="pad by so many pixels and crop (paper: none; ours on real "
+        "faces, from scratch and with dlib: as cocuring.py)")
     args = parse_with_presets(parser, PRESETS, argv)
     if args.learn_margin and not args.rank:
         parser.error("--learn-margin learns the margin of the rank loss: it cannot go with --no-rank")
@@ -93,6 +93,8 @@ def parse_args(argv=None):
 
 def logit_weighted_cross_entropy(logits: Tensor, alpha: Tensor, labels: Tensor) -> Tensor:
     """Eq. 2: cross-entropy of the logits times the importance of their sample, mean over the batch.
+
+    The logits that the script gives have a bias, as in the official code; the W x of the paper has none.
 
     logits: (N, C). alpha: (N,) in (0, 1). labels: int64 (N,). Returns a scalar.
     """

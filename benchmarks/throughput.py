@@ -597,7 +597,7 @@ def page_of(record: dict) -> list[str]:
     """The lines of docs/speed.md for one machine."""
     about, sections = record["machine"], record["sections"]
     where = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
-    lines = [f"### {where}", "", f"torch {about['torch']}, {'bf16' if about['bf16'] else 'float32'}, "
+    lines = [f"### {where}: {', '.join(sections)}", "", f"torch {about['torch']}, {'bf16' if about['bf16'] else 'float32'}, "
              f"{about['threads']} threads, {record['rounds']} rounds of {record['steps']} steps, load at the start "
              f"{about['load']}{', `--quick`' if record['quick'] else ''}. "
              f"{record['rate'] / 1e12:.2f} TFLOP/s in a product "
@@ -711,7 +711,7 @@ def write_docs() -> None:
         lines += page_of(record)
         if any(record["sections"].get(name) for name in PANELS):
             picture_of(record).savefig(DOCS / "figures" / f"speed-{path.stem}.png", dpi=80)
-            lines += [f"![images a second, {path.stem}](figures/speed-{path.stem}.png)", ""]
+            lines += [f"![{', '.join(record['sections'])}](figures/speed-{path.stem}.png)", ""]
     page.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
 
 
