@@ -597,8 +597,9 @@ def page_of(record: dict) -> list[str]:
     """The lines of docs/speed.md for one machine."""
     about, sections = record["machine"], record["sections"]
     where = f"{about['gpu'] or about['cpu']}, {about['cores']} cores"
-    lines = [f"### {where}: {', '.join(sections)}", "", f"torch {about['torch']}, {'bf16' if about['bf16'] else 'float32'}, "
-             f"{about['threads']} threads, {record['rounds']} rounds of {record['steps']} steps, load at the start "
+    lines = [f"### {where}: {', '.join(sections)}", "",
+             f"torch {about['torch']}, {'bf16' if about['bf16'] else 'float32'}, {about['threads']} threads, "
+             f"{record['rounds']} rounds of {record['steps']} steps, load at the start "
              f"{about['load']}{', `--quick`' if record['quick'] else ''}. "
              f"{record['rate'] / 1e12:.2f} TFLOP/s in a product "
              "of matrices.", ""]

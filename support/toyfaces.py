@@ -188,7 +188,7 @@ def main(argv=None) -> int:
         parser.error("--difficulty lies in [0, 1], --columns is at least 1, --size at least 8, --seed at least 0")
     try:
         contact_sheet(args.columns, args.size, args.seed, args.difficulty).save(args.out)
-    except (OSError, ValueError, MemoryError) as error:  # also an ending that is no image format
+    except (OSError, ValueError, MemoryError, OverflowError) as error:  # also an ending of no image format
         parser.error(f"--out {args.out}: cannot be written ({error})")
     print(f"{args.out}: a row each of {', '.join(CLASSES)}")
     return 0
