@@ -897,11 +897,15 @@ def test_the_audit_picture_has_given_and_predicted_class_and_says_where_the_labe
     probs = network(train.images.flatten(1) / 255).softmax(1)
     order, scores = audit_order(probs, train.labels).tolist(), audit_scores(probs, train.labels)
     predicted = probs.argmax(1)
-    titles = [axes.title for axes in drawn["figure"].axes[:12]]
+    (axes,) = drawn["figure"].axes
     want = [f"{'abc'[train.labels[i]]}\n\N{RIGHTWARDS ARROW} {'abc'[predicted[i]]} {scores[i]:.2f}" for i in order]
-    assert [title.get_text() for title in titles] == want
+    assert [text.get_text() for text in axes.texts] == want
     colours = ["tab:green" if i < 2 else "tab:red" for i in order]  # the noise made labels 0 and 1 wrong
-    assert [title.get_color() for title in titles] == colours
+    assert [text.get_color() for text in axes.texts] == colours
+    places = [(image.get_extent(), text.get_position()) for image, text in zip(axes.images, axes.texts, strict=True)]
+    assert all(left < x < right and lower < y < lower + 0.1 for (left, right, lower, _), (x, y) in places)
+    for image, i in zip(axes.images, order):  # the face of that caption
+        assert torch.equal(torch.from_numpy(image.get_array().data[..., 0]), train.images[i, 0])
 
 
 ODD_CLASSES = ("$\\frac$", "中文 with $x$", "_x^{")
