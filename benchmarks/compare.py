@@ -160,6 +160,7 @@ CONTROLS = [
     Row("VGG, logit penalty", "jointgan", "--lambda 0 --logit-penalty 0.5", 1),
     Row("joint-distribution GAN", "jointgan", "", 1),
 ]
+AUTHORS_VGG = Row("VGG of the authors", "jointgan", "--lambda 0 --authors-vgg", 1)
 TABLE_3 = [
     Row("GAN, no joint score", "jointgan", "--no-joint", 1),
     Row("GAN, no marginal scores", "jointgan", "--no-marginal", 1),
@@ -181,7 +182,7 @@ SUITES["toy-multitask-single"] = {
     "title": "Toy faces, 32 px, one label set of 20 % symmetric noise, 80 epochs",
     "flags": "--data toy --noise 0.2 --no-va --epochs 80",
     "seeds": (1, 2, 3),
-    "rows": [*CONTROLS, *TABLE_3],
+    "rows": [*CONTROLS, AUTHORS_VGG, *TABLE_3],
 }
 SUITES["toy-multitask-asymmetric"] = {
     "title": "Toy faces, 32 px, label sets of 20, 30 and 40 % asymmetric noise, valence-arousal noise 0.3, 40 epochs",
