@@ -170,7 +170,7 @@ SUITES["toy-multitask"] = {
     "title": "Toy faces, 32 px, label sets of 20, 30 and 40 % symmetric noise, valence-arousal noise 0.3, 40 epochs",
     "flags": "--data toy --noise 0.2 0.3 0.4 --va-noise 0.3 --epochs 40",
     "seeds": (1, 2, 3),
-    "rows": [*CONTROLS, *TABLE_3],
+    "rows": [*CONTROLS, AUTHORS_VGG, *TABLE_3],
 }
 SUITES["toy-multitask-long"] = {  # until the baseline has memorised the labels
     "title": "Toy faces, 32 px, label sets of 20, 30 and 40 % symmetric noise, valence-arousal noise 0.3, 100 epochs",
