@@ -284,12 +284,12 @@ def read_folder(root: Path, split: str) -> Index:
     folders = sorted(list_folder(top)[0], key=lambda folder: canonical(folder.name))
     listing = ", ".join(folder.name for folder in folders)
     classes = tuple(canonical(folder.name) for folder in folders)
+    if len(set(classes)) < 2:
+        raise UserError(
+            f"--data folder: {top} has {len(set(classes))} class folders, at least two are needed; {ORIGIN['folder']}"
+        )
     if len(set(classes)) < len(classes):
         raise UserError(f"--data folder: {top} has two folders of one class among {listing}")
-    if len(classes) < 2:
-        raise UserError(
-            f"--data folder: {top} has {len(classes)} class folders, at least two are needed; {ORIGIN['folder']}"
-        )
     if split_folders and split == "test":
         folders, _ = list_folder(root / "test")
         for folder in folders:
@@ -510,7 +510,8 @@ def load_train_index(args) -> tuple[Index, Tensor, Tensor | None]:
     elif args.noise:
         labels = inject(own, index.classes, args.noise, args.noise_type, args.noise_seed)
     if len(labels.unique()) < 2:
-        raise UserError(f"--data {args.data}: fewer than two classes in the training images of {args.root}")
+        what = args.labels or f"the training images of {args.root}"
+        raise UserError(f"--data {args.data}: fewer than two classes in {what}")
     return index, labels, None if labels is own else own
 
 
@@ -641,7 +642,7 @@ def read_labels(path, index: Index) -> Tensor:
 
     Read are `name,label` with class names or integers, "name label" lines with labels from 0 or from 1, and lists in
     AffectNet's columns (docs/data.md). Lines of other images are passed over. Raises UserError, with the line, for what
-    is malformed, outside the classes, doubled with another label, in an unclear numbering, or of one class alone.
+    is malformed, outside the classes, doubled with another label, or in an unclear numbering.
     """
     by_name = {name: label for label, name in enumerate(index.classes)}
     if is_affectnet(path):
@@ -666,10 +667,7 @@ def read_labels(path, index: Index) -> Tensor:
     values = look_up(rows, index, path, "label")
     if codes is not by_name:
         check_numbering(values, codes, index, path)
-    labels = torch.tensor([codes[value] for value in values])
-    if len(labels.unique()) < 2:
-        raise UserError(f"fewer than two classes in {path}")
-    return labels
+    return torch.tensor([codes[value] for value in values])
 
 
 def check_numbering(values: list[int], codes: dict[int, int], index: Index, path) -> None:
