@@ -257,7 +257,7 @@ class Images:
     """
 
     def __init__(self, images: Tensor, size: int, device: torch.device, mean=MEAN, std=STD, share: float = 1 / 3):
-        self.images, self.device = images, device
+        self.images, self.size, self.device = images, size, device
         self.to_input = functools.partial(network_input, size=size, mean=mean, std=std)
         self.resident = device.type == "cpu" and share > 0
         if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] * share:
@@ -267,8 +267,8 @@ class Images:
         return len(self.images)
 
     def __iter__(self):
-        count = len(self)
-        for _, _, images in self.batches(torch.arange(count), [slice(i, i + 512) for i in range(0, count, 512)]):
+        count, step = len(self), max(1, min(512, 2**25 // self.size**2))  # fewer than 512 at once from 257 px on
+        for _, _, images in self.batches(torch.arange(count), [slice(i, i + step) for i in range(0, count, step)]):
             yield self.to_input(images)
 
     def batches(self, order: Tensor, slices: list[slice]):

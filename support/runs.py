@@ -555,7 +555,9 @@ class Run:
         results = summary(history)
         self.write_hparams(results)
         self.writer.flush()
-        states, settings = [network.state_dict() for network in networks], json.loads(json.dumps(self.settings))
+        # On the CPU, so that torch.load alone reads them on a machine without a GPU
+        states = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in n.state_dict().items()} for n in networks]
+        settings = json.loads(json.dumps(self.settings))
         about = {"method": self.args.method, "classes": list(train.classes), "args": settings}
         save_checkpoint(self.folder / "model.pt", **about, networks=states)
         if train.clean is not None:

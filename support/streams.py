@@ -26,8 +26,9 @@ def reason_of(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# In plain RuntimeErrors of torch: of the CPU's allocator, of CUDA outside torch's allocator, of cuBLAS and cuDNN
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+# In plain RuntimeErrors of torch: of the CPU's allocator, of CUDA and NCCL outside torch's allocator, of cuBLAS and
+# cuDNN, and of a convolution for which each of cuDNN's algorithms ran out of memory
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,6 @@
 """Runs a script on the CPU, then on a second device that is as strict as a GPU. Both have to log the same.
 
-    python tests/second_device.py FOLDER scn --noise 0.4
+    PYTHONPATH=.:tests python tests/second_device.py FOLDER scn --noise 0.4
 
 A tensor of the second device hides one on the CPU. As with CUDA, an operation on tensors of both devices raises, except
 for single numbers and for indices, and so does a generator of the CPU. On this device the run is interrupted after its
@@ -11,15 +11,14 @@ import importlib
 import sys
 from pathlib import Path
 
-from conftest import Tiny, lines  # first: it finds the project
-
 from support import runs, toyfaces
 
 import pytest
 import torch
+from conftest import Tiny, lines
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import common
 
@@ -129,9 +128,12 @@ def main(folder: str, method: str, *flags: str) -> None:
     with Strict(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs.Run, "end_epoch", interrupted)
         assert main_of(argv) == 130
+    saved, save = [], torch.save
     with Strict(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Images, "__init__", resident)
+        patch.setattr(torch, "save", lambda state, file: saved.append(state) or save(state, file))
         assert main_of([*argv, "--resume"]) == 0
+    assert "networks" in saved[-1] and not any(isinstance(leaf, Hidden) for leaf in tree_leaves(saved[-1]))  # model.pt
     for there, here in zip(lines(Path(folder, "second")), lines(Path(folder, "cpu")), strict=True):
         assert there == pytest.approx(here, rel=1e-3, abs=1e-4, nan_ok=True)
 

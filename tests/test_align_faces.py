@@ -844,3 +844,49 @@ def test_a_stream_that_nobody_reads_ends_nothing(closed, tmp_path):
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert len(manifest(tmp_path / "out")) == 4
+
+
+def test_crops_of_other_photographs_are_refused(fake, tmp_path):
+    for name in ("one", "two"):
+        photograph(tmp_path / name / f"{name}.png")
+    assert align(tmp_path / "one", tmp_path / "out") == 0 and align(tmp_path / "two", tmp_path / "out") == 2
+    assert "one.png" in crops(tmp_path / "out") and "two.png" not in crops(tmp_path / "out")
+
+
+def test_crops_have_the_size_and_the_margin_of_the_flags(fake, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    path = photograph(tmp_path / "photos" / "a.png")
+    Image.fromarray(noise).save(path)
+    assert align(tmp_path / "photos", tmp_path / "out", "--size", "100", "--margin", "0.5") == 0
+    wanted = crop(Image.fromarray(noise), one_face(None, None)[0]["landmarks"], 100, 0.5)
+    assert np.array_equal(Image.open(tmp_path / "out" / "a.png"), wanted)
+
+
+def test_faces_are_told_in_pixels_of_the_whole_photograph(monkeypatch):
+    """The detector sees it shrunk to --detect-size, and the faces that it is not sure of are left out."""
+    seen = []
+
+    def detect(image):
+        seen.append(image.shape)
+        points = dict.fromkeys(align_faces.POINTS, (1, 2))
+        return [dict(box=[10, 20, 30, 40], confidence=c, keypoints=points) for c in (0.6, 0.95)]
+
+    monkeypatch.setattr(align_faces, "detector", types.SimpleNamespace(detect_faces=detect))
+
+    def find(detect_size, confidence):
+        args = types.SimpleNamespace(detect_size=detect_size, min_confidence=confidence)
+        return align_faces.find_faces(Image.new("RGB", (400, 200)), args)
+
+    one, two = find(200, 0.5)
+    assert one["box"] == two["box"] == [20, 40, 60, 80] and one["landmarks"].tolist() == [[2, 4]] * 5
+    assert [face["box"] for face in find(400, 0.7)] == [[10, 20, 30, 40]] and find(800, 0.99) == []
+    assert seen == [(100, 200, 3), (200, 400, 3), (200, 400, 3)]
+
+
+def test_photographs_of_every_suffix_are_found(fake, tmp_path):
+    for suffix in ("jpg", "jpeg", "bmp", "webp", "png"):
+        photograph(tmp_path / "photos" / f"{suffix}.{suffix}")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0
+    with open(tmp_path / "out" / "faces.csv") as file:
+        assert sorted(row["source"] for row in csv.DictReader(file)) == [
+            "bmp.bmp", "jpeg.jpeg", "jpg.jpg", "png.png", "webp.webp"]

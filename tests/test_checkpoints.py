@@ -338,3 +338,16 @@ def test_every_method_refuses_another_number_of_networks_and_other_shapes(method
         common.save_checkpoint(tmp_path / "changed.pt", **state)
         error = error_line(script.main, ["--evaluate", str(tmp_path / "changed.pt"), *place(tmp_path)], capsys)
         assert "changed.pt: the weights do not fit" in error
+
+
+def test_more_images_than_one_batch_keep_their_own_predictions(scn_model, tmp_path):
+    for i in range(520):
+        save(picture(i, 8, 8), tmp_path / "photos" / f"{i:03}.png")
+    assert scn.main(["--predict", str(scn_model), str(tmp_path / "photos"), *place(tmp_path)]) == 0
+    rows, names = read_predictions(tmp_path / "out" / "scn-predictions"), common.load_checkpoint(scn_model)["classes"]
+    assert [row["name"] for row in rows] == [(tmp_path / "photos" / f"{i:03}.png").as_posix() for i in range(520)]
+    alone = [tmp_path / "photos" / f"{i:03}.png" for i in (505, 512, 519)]
+    more = ["--name", "alone", *place(tmp_path)]
+    assert scn.main(["--predict", str(scn_model), *map(str, alone), *more]) == 0
+    for i, row in zip((505, 512, 519), read_predictions(tmp_path / "out" / "alone"), strict=True):
+        assert [float(row[name]) for name in names] == pytest.approx([float(rows[i][n]) for n in names], abs=1e-4)

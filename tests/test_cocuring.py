@@ -686,3 +686,13 @@ def test_help_names_the_source_of_every_method_default(capsys):
     ):
         text = section.split(flag + " ")[1][:250]
         assert "paper" in text or "ours" in text or "official code" in text, flag
+
+
+def test_each_network_has_an_accuracy_of_its_own(tiny, tmp_path, monkeypatch):
+    predicted, honest = [], cocuring.predict
+    monkeypatch.setattr(cocuring, "predict", lambda *given: predicted.append(honest(*given)) or predicted[-1])
+    assert cocuring.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    labels = torch.tensor([toyfaces.expression("test", i)[0] for i in range(16)])
+    own = (predicted[0].argmax(2) == labels).float().mean(1).tolist()
+    (line,) = lines(tmp_path / "run")
+    assert [line[f"accuracy/test/net{k}"] for k in (1, 2)] == pytest.approx(own) and own[0] != own[1]

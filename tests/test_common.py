@@ -289,6 +289,10 @@ def formats(weights):
         "msceleb, module. prefix and its own heads": {"state_dict": msceleb},
         "msceleb, torchvision's names": {"state_dict": weights},
         "plain state dict": dict(weights),
+        "nested prefixes, other heads": {
+            "model_state_dict": {f"module.backbone.{k}": v for k, v in body.items()}
+            | {f"module.{k}.weight": torch.zeros(7, 512) for k in ("head", "classifier")}
+        },
         "without batch counters": {k: v for k, v in weights.items() if "num_batches" not in k},
         "model.pt of this project": {"networks": [ours, {"backbone.other": torch.zeros(1)}], "method": "x"},
     }
@@ -359,6 +363,13 @@ def test_checkpoints_without_weights_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth: the weights are of another backbone, .* the network has: bn1.bias"):
         common.load_pretrained(resnet(), tmp_path / "w.pth")
+
+
+def test_imagenet_weights_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setitem(common.BACKBONES, "resnet18", lambda weights=None: asked.append(weights) or resnet())
+    common.make_backbone(cocuring.parse_args(["--pretrained", "imagenet"]))
+    assert asked == ["IMAGENET1K_V1"]
 
 
 @pytest.mark.parametrize("error", [EOFError(), RuntimeError("invalid hash value"), OSError("no network")])
@@ -458,6 +469,30 @@ def test_a_checkpoint_that_is_missing_a_folder_or_no_dict_is_refused(tmp_path):
             common.load_checkpoint(tmp_path / name)
 
 
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **_: asked.append(device.type) or torch.tensor(0.0))
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        common.find_device("auto")
+    assert asked == ["cuda", "cpu"]
+
+
+def test_bf16_is_native_from_ampere_on(monkeypatch):
+    common.has_bf16.cache_clear()
+    for index, (capability, native) in enumerate([((7, 5), False), ((8, 0), True), ((9, 0), True)]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert common.has_bf16(torch.device("cuda", index)) == native
+    common.has_bf16.cache_clear()
+
+
+def test_weights_that_were_saved_on_a_gpu_are_loaded_on_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"a": torch.ones(3)}, tmp_path / "gpu.pt")
+    assert common.load_checkpoint(tmp_path / "gpu.pt")["a"].device.type == "cpu"
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "nonsense", "meta", "cpu:-1", ""])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match=f"--device {name}"):
@@ -525,3 +560,31 @@ def test_a_total_loss_that_is_not_finite_names_its_step(value):
         means.add("loss", total=torch.tensor(loss), part=torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match="step 2 of 3"):
         means.result()
+
+
+def test_a_common_class_shows_other_samples_in_another_epoch():
+    labels = torch.tensor([0] * 70 + [1] * 25 + [3] * 5)
+    one, two = (set(common.balanced_order(labels, common.generator_of(epoch)).tolist()) for epoch in (1, 2))
+    assert one != two
+
+
+def test_images_lie_on_a_gpu_if_a_third_of_its_free_memory_holds_them(monkeypatch):
+    class Uploaded:
+        def numel(self):
+            return 150
+
+        def to(self, device):
+            return "on the device"
+
+    for free, resident in ((449, False), (451, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10_000))
+        images = common.Images(Uploaded(), 20, torch.device("cuda"))
+        assert images.resident == resident == (images.images == "on the device")
+
+
+@pytest.mark.parametrize("size, step", [(8, 512), (256, 512), (512, 128), (6000, 1)])
+def test_large_images_are_predicted_fewer_at_once(size, step, monkeypatch):
+    split = common.Images(images(600, h=8, w=8), size, CPU)
+    split.to_input = lambda batch: batch
+    got = list(split)
+    assert len(got[0]) == step and torch.equal(torch.cat(got), split.images)

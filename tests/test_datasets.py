@@ -4,7 +4,7 @@ import pickle
 import shutil
 from pathlib import Path
 
-from support import datasets
+from support import datasets, toyfaces
 from support.datasets import (
     AFFECTNET_CLASSES,
     FERPLUS_CLASSES,
@@ -27,6 +27,7 @@ from conftest import (
     FERPLUS_USAGE,
     RAF_TEST,
     RAF_TRAIN,
+    affectnet_rows,
     build_affectnet,
     build_affectnet_npy,
     build_cifar10,
@@ -94,6 +95,52 @@ def test_a_layout_gives_its_images_labels_and_classes(layout, data, shape, count
         assert split.classes == classes
         assert len(set(split.names)) == count
         assert split.clean is None and (split.va is None) == (not data.startswith("affectnet"))
+
+
+def test_the_published_numbers_of_raf_db():
+    train = dict(surprise=1290, fear=281, disgust=717, happiness=4772, sadness=1982, anger=705, neutral=2524)
+    assert dict(zip(RAF_CLASSES, datasets.RAF_SIZES["train"], strict=True)) == train
+    assert datasets.RAF_SIZES["test"] == (329, 74, 160, 1185, 478, 162, 680)
+
+
+def test_the_expressions_of_affectnet_count_in_its_own_order(tmp_path):
+    names = "neutral happiness sadness surprise fear disgust anger contempt".split()
+    index = datasets.read_affectnet(build_affectnet(tmp_path), "train")
+    assert named(index) == {f"{i % 3}/{i}.jpg": names[i % 8] for i in range(24)}
+
+
+def test_valence_comes_before_arousal_in_both_releases(tmp_path):
+    wanted = [[valence, arousal] for _, expression, valence, arousal in affectnet_rows(24) if expression < 8]
+    for build in (build_affectnet, build_affectnet_npy):
+        index = datasets.read_affectnet(build(tmp_path / build.__name__), "train")
+        assert np.allclose(index.va, wanted)
+
+
+@pytest.mark.parametrize("row", [",0,-0.9,-2", ",8,-0.9,0.9"])
+def test_rows_of_affectnet_without_an_expression_or_with_va_out_of_range_are_dropped(row, tmp_path):
+    table = build_affectnet(tmp_path) / "training.csv"
+    assert ",0,-0.9,0.9" in table.read_text()
+    table.write_text(table.read_text().replace(",0,-0.9,0.9", row, 1))
+    assert len(datasets.read_affectnet(tmp_path, "train").names) == 23
+
+
+def test_images_of_every_suffix_are_read(tmp_path, arguments):
+    root = build_folder_splits(tmp_path / "data")
+    for suffix in ("jpg", "jpeg", "bmp", "webp", "JPEG"):
+        save(picture(1, 20, 20), root / "train" / "sad" / f"x{suffix}.{suffix}")
+    assert len(load_train_index(arguments("folder", root))[0].names) == 12 + 5
+
+
+def test_toy_faces_are_as_difficult_as_asked(few_toys, arguments):
+    train, _ = load_data(arguments("toy", None, "--difficulty", "1"))
+    face, _, va = toyfaces.draw_face("train", 3, size=48, difficulty=1.0)
+    assert np.array_equal(train.images[3].permute(1, 2, 0), face) and np.allclose(train.va[3], va)
+
+
+def test_a_part_is_drawn_and_not_the_first_of_each_class():
+    chosen = datasets.stratified([0] * 100 + [1] * 100, 20, generator())
+    assert chosen != [*range(10), *range(100, 110)] and max(c for c in chosen if c < 100) > 40
+    assert chosen != datasets.stratified([0] * 100 + [1] * 100, 20, generator(1))
 
 
 def test_toy_has_valence_and_arousal(few_toys, arguments):

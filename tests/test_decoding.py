@@ -900,3 +900,9 @@ def test_toy_faces_that_do_not_fit_in_memory_are_one_line(few_toys, arguments):
     args.size = 10**6
     with pytest.raises(UserError, match="--size 1000000: 70 faces"):
         load_data(args)
+
+
+def test_work_in_threads_keeps_the_order_over_all_chunks():
+    items = list(range(2500))
+    assert list(decoding.in_threads(lambda i: -i, items, "x")) == [-i for i in items]
+    assert list(decoding.in_threads(str, items[:7], "x", chunk=3)) == list(map(str, range(7)))

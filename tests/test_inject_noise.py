@@ -386,3 +386,9 @@ def test_a_model_of_a_method_that_is_not_here_is_refused(method, words, tmp_path
     argv = ["--from-checkpoint", str(tmp_path / "model.pt"), "--output", str(tmp_path / "x.csv")]
     assert inject_noise.main(argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_valence_and_arousal_that_are_there_are_kept(tmp_path, capsys):
+    (tmp_path / "x-va.csv").write_text("precious")
+    assert inject_noise.main(["--from-checkpoint", "none.pt", "--output", str(tmp_path / "x.csv")]) == 2
+    assert "x-va.csv is there already" in capsys.readouterr().err

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 from support import figures, toyfaces
-from support.datasets import Split, write_labels
+from support.datasets import Split, inject, write_labels
 from support.figures import generate_faces
 from support.label_sets import class_va, load_label_sets
-from support.networks import ResidualBlock, Zero
+from support.networks import ResidualBlock, ResidualMLP, SelfAttention, Zero
 from support.runs import Run
 
 import pytest
@@ -183,6 +183,49 @@ def test_the_first_block_of_the_discriminator_sees_dark_pixels_and_the_last_keep
     assert halving == [True] * 4 + [False] and network.image(dark).shape[2:] == (4, 4)
 
 
+def test_later_blocks_start_with_a_relu_and_every_branch_has_a_skip():
+    block, x, pool = ResidualBlock(4, 8).eval(), torch.randn(2, 4, 8, 8), nn.functional.avg_pool2d
+    torch.testing.assert_close(block(x), pool(block.two(block.one(x.relu()).relu()), 2) + block.shortcut(pool(x, 2)))
+    stream, v = ResidualMLP(5, 8).eval(), torch.randn(3, 5)
+    features = stream.inlet(v)
+    for branch in stream.branches:
+        features = features + branch(features)
+    torch.testing.assert_close(stream(v), features)
+
+
+def test_attention_weights_the_places_of_the_keys():
+    block, x = SelfAttention(8).eval(), torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(block(x), x)
+    nn.init.ones_(block.gain)
+    q = block.query(x).flatten(2)
+    k, v = (nn.functional.max_pool2d(part(x), 2).flatten(2) for part in (block.key, block.value))
+    shares = torch.einsum("ncp,ncs->nps", q, k).exp()
+    shares = shares / shares.sum(2, keepdim=True)
+    seen = torch.einsum("nps,ncs->ncp", shares, v).unflatten(2, (4, 4))
+    torch.testing.assert_close(block(x), x + block.out(seen))
+
+
+def test_the_encoder_has_the_widths_of_vgg16():
+    widths = [m.out_channels for m in Encoder(32, 1.0, [7], True).modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6 and (jointgan.HIDDEN, LATENT) == (500, 100)
+
+
+def test_the_networks_are_those_of_the_flags():
+    def made(*flags):
+        return jointgan.make_networks(jointgan.parse_args(["--data", "toy", *SMALL, *flags]), 7, 1, True)
+
+    def unused(discriminator):
+        return [isinstance(score, Zero) for score in (discriminator.joint, *discriminator.marginals)]
+
+    assert unused(made()[2]) == [False] * 5
+    assert unused(made("--no-joint")[2]) == [True] + [False] * 4
+    assert unused(made("--no-marginal")[2]) == [False] + [True] * 4
+    assert unused(made("--no-decoder")[2]) == [False, True] + [False] * 3 and made("--no-decoder")[1] is None
+    assert made("--lambda", "0")[1:] == (None, None)
+    norms = [any(isinstance(m, nn.BatchNorm2d) for m in made(*flags)[0].modules()) for flags in ([], ["--authors-vgg"])]
+    assert norms == [True, False]
+
+
 def test_scores_that_are_not_used_are_zero_and_keep_their_columns():
     side = [torch.randn(4, 3, 32, 32), *(torch.randn(4, length) for length in VECTORS.values())]
 
@@ -299,6 +342,7 @@ def test_an_epoch_is_algorithm_1_written_plainly(flags):
         torch.manual_seed(epoch)
         scalars = jointgan.train_one_epoch(networks, optimizers, batches, [*sets, va], epoch, args)
         torch.manual_seed(epoch)
+        hits = 0
         sums = dict.fromkeys(("total", "cross_entropy", "discriminator", "generator", "enc", "dec"), 0.0)
         for x, index in batches:
             n, y1, y2, t = len(x), sets[0][index], sets[1][index], va[index]
@@ -311,6 +355,7 @@ def test_an_epoch_is_algorithm_1_written_plainly(flags):
                 return discriminator.layers(real), discriminator.layers(generated)
 
             mean, log_variance, (z1, z2, a) = encoder(x)
+            hits += ((z1.softmax(1) + z2.softmax(1)).argmax(1) == y1).sum().item()
             if args.lam and epoch > 1:
                 for _ in range(args.d_steps):
                     eps, noise = torch.randn(n, 3), torch.randn(n, 3)
@@ -345,6 +390,7 @@ def test_an_epoch_is_algorithm_1_written_plainly(flags):
             sums["cross_entropy"] += ce.item() / 2 / len(batches)
         assert scalars["loss/total"] == pytest.approx(sums["total"], rel=1e-4)
         assert scalars["loss/cross_entropy"] == pytest.approx(sums["cross_entropy"], rel=1e-4)
+        assert scalars["accuracy/train"] == pytest.approx(hits / 20)
         assert scalars["weight/lambda"] == (args.lam if epoch > 1 else 0)
         assert ("loss/generator" in scalars) == (args.lam > 0 and epoch > 1)
         if "loss/generator" in scalars:
@@ -355,15 +401,6 @@ def test_an_epoch_is_algorithm_1_written_plainly(flags):
         for name, value in own.state_dict().items() if own else ():
             torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     assert all(p.requires_grad for network in networks if network for p in network.parameters())
-
-
-def test_the_baseline_has_no_gan():
-    args = jointgan.parse_args(["--data", "toy", *SMALL, "--lambda", "0"])
-    encoder, decoder, discriminator = jointgan.make_networks(args, 7, 1, False)
-    assert encoder is not None and decoder is None and discriminator is None
-    args = jointgan.parse_args(["--data", "toy", *SMALL, "--no-decoder"])
-    _, decoder, discriminator = jointgan.make_networks(args, 7, 1, False)
-    assert decoder is None and isinstance(discriminator.marginals[0], Zero)
 
 
 def test_valence_and_arousal_alone_learn_nothing_from_the_labels():
@@ -396,6 +433,15 @@ def test_label_sets_have_their_rates_and_seeds(few_toys, tmp_path):
     assert 0.1 < (train.va - plain.va).std() < 0.3 and train.va.abs().max() <= 1
     single, _, _ = load_sets(tmp_path, "--no-va")
     assert single.va is None
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_each_label_set_has_the_noise_of_inject_noise(kind, few_toys, tmp_path):
+    """The noise of set t has the seed --noise-seed + t; the first set is what the other methods are given."""
+    _, _, (own,) = load_sets(tmp_path)
+    _, _, sets = load_sets(tmp_path, "--noise", "0.3", "0.4", "--noise-seed", "5", "--noise-type", kind)
+    wanted = [inject(own, toyfaces.CLASSES, rate, kind, seed) for rate, seed in ((0.3, 5), (0.4, 6))]
+    assert all(map(torch.equal, sets, wanted))
 
 
 def test_the_audit_is_of_the_mean_over_the_heads(tiny, tmp_path, monkeypatch):
@@ -469,6 +515,12 @@ def test_the_norms_of_the_decoder_are_computed_before_autocast(monkeypatch):
     args = SimpleNamespace(precision="bf16", expression=True)
     generate_faces(decoder, torch.zeros(2, LATENT), torch.eye(7)[:2], None, 1, args)
     assert seen == [False] * 4
+
+
+def test_each_head_has_an_accuracy():
+    probs = [torch.eye(3)[[0, 1, 2, 2]], torch.eye(3)[[1, 1, 1, 1]]]
+    scalars = jointgan.evaluation_scalars(probs, None, torch.tensor([0, 1, 2, 0]), None)
+    assert scalars == {"accuracy/test/set1": 0.75, "accuracy/test/set2": 0.25}
 
 
 def test_valence_and_arousal_are_scored_apart():

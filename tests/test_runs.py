@@ -363,6 +363,28 @@ def test_a_run_and_what_it_leaves(script, tmp_path, capsys):
     assert events.Scalars("hparam/final")[0].value == pytest.approx(history[-1]["accuracy/test"])
 
 
+def test_each_accuracy_is_shown_and_logged_under_its_own_name(script, tmp_path, monkeypatch, capsys):
+    results = dict(best=0.9, last5=0.7, final=0.5, best_epoch=2)
+    monkeypatch.setattr(runs, "summary", lambda history: results)
+    assert script(tmp_path) == 0
+    shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert shown == [["best", "90.00%"], ["last5", "70.00%"], ["final", "50.00%"]]
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for key in ("best", "last5", "final"):
+        assert events.Scalars(f"hparam/{key}")[0].value == pytest.approx(results[key])
+
+
+def test_the_audit_begins_with_the_most_suspicious_labels(script, tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(figures, "audit", lambda *given: shown.extend(given[3]))
+    script.load = lambda: make_data(150)
+    assert script(tmp_path) == 0
+    rows = [line.split(",") for line in (tmp_path / "run" / "labels.csv").read_text().splitlines()[1:]]
+    wrong = [row[1] != row[4] for row in rows]
+    assert [f"{i}.png" for i in shown] == [row[0] for row in rows[:32]] and sum(wrong[:100]) != sum(wrong[-100:])
+    assert f"of the first 100 rows of labels.csv {sum(wrong[:100])} have a label" in capsys.readouterr().out
+
+
 FOREIGN = {
     "pictures": {"me.png": "x", "curves.png": "mine", "labels.csv": "mine", "notes.tmp.txt": "x", "a.tmp12": "x"},
     "one temporary file": {"notes.tmp.txt": "x"},

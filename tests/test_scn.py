@@ -404,3 +404,16 @@ def test_the_pretrained_preset_is_the_papers():
     )
     assert args.lr == pytest.approx(0.1 * args.batch_size / 1024)
     assert json.dumps(vars(args))
+
+
+def test_the_margin_starts_at_the_one_of_the_flags():
+    for flags, learned in ((["--learn-margin"], True), ([], False)):
+        network = scn.make_network(scn.parse_args(["--margin1", "0.4", *flags]), 7)
+        assert network.margin.item() == pytest.approx(0.4) and network.margin.requires_grad == learned
+
+
+def test_with_pretrained_weights_the_recipe_is_the_papers():
+    args = scn.parse_args(["--data", "raf", "--pretrained", "x.pth"])
+    assert (args.epochs, args.warm_up, args.beta, args.margin1, args.margin2) == (40, 9, 0.7, 0.15, 0.2)  # Sec. 3.5
+    assert args.optimizer == "sgd" and args.lr == args.head_lr == 0.1 * args.batch_size / 1024
+    assert args.weight_decay == 1e-4  # official code

@@ -66,9 +66,9 @@ class OnBothSides:
         return self.there[index]
 
 
-def epoch_of(method, batches, epoch=2, device="cpu"):
+def epoch_of(method, batches, epoch=2, device="cpu", precision="fp32"):
     """One epoch of a method's training function on batches; returns its scalars and the networks before and after."""
-    argv = ["--epochs", "4", "--warm-up", "1", "--precision", "fp32", "--size", "32"]
+    argv = ["--epochs", "4", "--warm-up", "1", "--precision", precision, "--size", "32"]
     argv += ["--width", "0.02"] if method is jointgan else []
     args = method.parse_args(argv)
 
@@ -122,6 +122,14 @@ def test_a_dataloader_of_ones_own_trains(method):
     assert scalars["loss/total"] > 0 and 0 <= scalars["accuracy/train"] <= 1
     moved = [not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_an_epoch_has_the_precision_of_its_arguments(method, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "autocast", lambda _, precision: seen.append(precision) or contextlib.nullcontext())
+    epoch_of(method, data_loader(method), precision="bf16")
+    assert len(seen) >= 3 and set(seen) == {"bf16"}
 
 
 def test_the_examples_of_the_readme_run(capsys):
@@ -329,6 +337,34 @@ def test_oversampling_draws_every_given_class_as_often(method, tiny, tmp_path, m
     for batches in epochs:
         counts = torch.bincount(given[torch.cat([index for _, index in batches])], minlength=CLASSES)
         assert counts.sum() == 48 and counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_the_networks_follow_the_seed(method):
+    def weights(seed):
+        args = method.parse_args(["--seed", seed, "--size", "32", *(["--width", "0.02"] if method is jointgan else [])])
+        networks = jointgan.make_networks(args, CLASSES, 1, True) if method is jointgan else (
+            cocuring.make_networks(args, CLASSES) if method is cocuring else [method.make_network(args, CLASSES)])
+        return [p for network in networks for p in network.parameters() if p.ndim > 1]
+
+    first, again, other = map(weights, "112")
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("method", [cocuring, scn, jointgan], ids=lambda method: method.__name__)
+def test_the_order_follows_the_seed(method, tiny, tmp_path, monkeypatch):
+    orders, honest = [], common.Loader.epoch
+
+    def epoch(self, *arguments, **options):
+        batches = list(honest(self, *arguments, **options))
+        orders.append(torch.cat([index for _, index in batches]))
+        return iter(batches)
+
+    monkeypatch.setattr(common.Loader, "epoch", epoch)
+    tiny += ["--noise-seed", "1", "--epochs", "1", *(["--width", "0.02"] if method is jointgan else [])]
+    for name, seed in zip("abc", "112"):
+        assert method.main([*tiny, "--seed", seed, "--out", str(tmp_path), "--name", name]) == 0
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
 def run(folder, *arguments):

@@ -1,5 +1,6 @@
 """Every script on a device that is not the CPU: tests/second_device.py stands in for a GPU."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def python(*arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=HERE, capture_output=True, text=True)
+    paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, *arguments], cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -41,6 +41,9 @@ def raising(error):
             2,
             "--size takes less (CUDA out of memory.)",
         ),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), 2, "out of memory, a smaller"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 2, "out of memory, a smaller"),
+        (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), 2, "out of memory, a smaller"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -174,3 +174,7 @@ def test_import_prints_and_writes_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_splits_have_their_sizes():
+    assert toyfaces.SPLITS == {"train": 2500, "valid": 800, "test": 800}
