@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv=None):
-    parser = Parser("align_faces.py", description="Find, align and crop the faces of a folder of photographs.")
+    parser = Parser("align_faces.py", description="Find, align and crop the faces of a folder of photographs.",
+                    allow_abbrev=False)
     parser.add_argument("photos", type=Path, help="folder of photographs, searched at any depth")
     parser.add_argument("--out", type=Path, default=Path("faces"), help="folder of the crops (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="pixels of the square crops (default: %(default)s)")
@@ -203,7 +204,15 @@ def start_worker(parent: int | None = None) -> None:
         watch(parent)
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
-    detector = import_mtcnn().MTCNN()
+    try:
+        detector = import_mtcnn().MTCNN()
+    except Exception as error:  # raised by `align`: what ends a worker at its start reaches nobody
+        detector = no_detector(error)
+
+
+def no_detector(error: Exception) -> UserError:
+    """TensorFlow raises many kinds where its parts do not fit together."""
+    return UserError(f"no face detector ({reason_of(error)}): pip install -r requirements-align.txt")
 
 
 def watch(parent: int) -> None:
@@ -231,7 +240,7 @@ TURNS = {  # of the EXIF tag Orientation
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned by its EXIF tag alone: Pillow's exif_transpose writes the other tags anew, and fails on odd ones."""
-    image.load()  # a TIFF turns itself
+    image.load()
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # Pillow raises many kinds where the tags are damaged; the pixels are whole
@@ -274,6 +283,8 @@ def find_faces(image: Image.Image, args) -> list[dict]:
 
 def align(job: tuple[str, str], args) -> list[dict]:
     """The rows of the manifest for one photograph; job: its path and that of its crop, relative to the two folders."""
+    if isinstance(detector, UserError):
+        raise detector
     source, output = job
     row = dict.fromkeys(COLUMNS, "") | {"source": source}
     try:
@@ -364,9 +375,13 @@ def list_jobs(args) -> list[tuple[str, str]]:
         raise UserError(f"--out {args.out} lies in {args.photos}: the crops would be taken for photographs")
     if out in photos.parents:
         raise UserError(f"{args.photos} lies in --out {args.out}: crops could replace photographs")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is no folder")
     sources = list_photographs(args.photos)
     if not sources:
         raise UserError(f"{args.photos}: no photographs ({', '.join(SUFFIXES)}) in it")
+    if odd := [source for source in sources if "\r" in str(source)]:
+        raise UserError(f"{args.photos / odd[0]}: faces.csv cannot hold a carriage return in a name: rename it")
     return list(zip((source.as_posix() for source in sources), output_names(sources, args.format)))
 
 
@@ -405,7 +420,8 @@ def read_manifest(args, jobs: list[tuple[str, str]]) -> tuple[dict[str, list[dic
             return False
         try:
             since = min((os.path.getmtime(args.out / name) for name in names), default=written)
-            return os.path.getmtime(args.photos / source) <= since
+            photograph = os.stat(args.photos / source)
+            return max(photograph.st_mtime, photograph.st_ctime) <= since  # moved here, a file keeps its mtime
         except OSError:  # a crop is lost, or the photograph is a link that leads nowhere now
             return False
 
@@ -445,7 +461,7 @@ def check_settings(args) -> str:
     keys = ("size", "margin", "face", "min_confidence", "detect_size", "format")
     settings = {key: getattr(args, key) for key in keys} | {"photos": str(args.photos.resolve())}
     note = args.out / "faces.json"
-    if args.out.exists() and not note.exists() and any(file.name != ".DS_Store" for file in args.out.iterdir()):
+    if args.out.exists() and not note.exists() and any(file.name[0] != "." for file in args.out.iterdir()):
         raise UserError(f"--out {args.out} holds files that are not crops of this program: name another folder")
     if note.exists() and not args.overwrite:
         try:
@@ -515,14 +531,18 @@ def run(args) -> None:
     if todo:  # else nobody waits for TensorFlow
         try:
             import_mtcnn()
-        except Exception as error:  # TensorFlow raises many kinds where its parts do not fit together
-            raise UserError(f"no face detector ({reason_of(error)}): pip install -r requirements-align.txt") from None
+        except Exception as error:
+            raise no_detector(error) from None
     if rows:
         print(f"{len(rows):,} of {len(jobs):,} photographs are done already")
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "faces.json", lambda path: path.write_text(settings))
     # Should this run be killed, the next one is to know all that it may leave: rows without a source
-    names = sorted(old | {output for _, output in todo})
+    names = {output for _, output in todo}
+    if args.face == "all":  # of a run that was killed the manifest names the first face alone
+        further = (path.relative_to(args.out).as_posix() for path in args.out.rglob(f"*_*.{args.format}"))
+        old |= {name for name in further if re.sub(r"_[0-9]+(?=\.[a-z]+$)", "", name) in names | old}
+    names = sorted(names | old)
     besides = [dict.fromkeys(COLUMNS, "") | {"output": name, "status": "unfinished"} for name in names]
     write_manifest(manifest, rows | {"": besides})
     if todo:

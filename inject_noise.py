@@ -57,6 +57,10 @@ def parse_args(argv=None):
         parser.error("--vote: the majority of several label sets, it needs several rates of --noise")
     if not args.vote and len({f"{rate:g}" for rate in args.noise}) < len(args.noise):
         parser.error("--noise: the same rate twice, to six digits; each rate gives one file")
+    if not args.from_checkpoint and (args.device, args.cache) != ("auto", "cache"):
+        parser.error("--device and --cache are for --from-checkpoint")
+    if args.from_checkpoint and args.noise_type != "symmetric":
+        parser.error("--noise-type is for --noise")
     if args.output and (Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir()):
         parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
     return args
@@ -109,7 +113,8 @@ def write_files(output: Path, index, noisy: torch.Tensor, clean: torch.Tensor, v
         shares = [round(share, 6) for share in (row / row.sum().clamp(min=1)).tolist()]
         images, kept = int(row.sum()), int(row[c])
         per_class.append({"class": name, "images": images, "changed": images - kept, "transition": shares})
-    record = {"data": args.data, "images": len(noisy), **how, "limit": args.limit}
+    record = {"data": args.data, "root": str(args.root), "images": len(noisy), **how}
+    record |= {"limit": args.limit, "difficulty": args.difficulty}
     record |= {"changed": int((noisy != clean).sum()), "columns": list(index.classes), "classes": per_class}
     write_labels(output, index.names, noisy, index.classes, args.format)
     note, va_output = files_beside(output)
@@ -136,7 +141,8 @@ def files_beside(output: Path) -> tuple[Path, Path]:
 @reports_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if all(args.noise) == bool(args.from_checkpoint) or (args.from_checkpoint and any(args.noise)):
+    rates = any(args.noise) if args.vote else all(args.noise)
+    if rates == bool(args.from_checkpoint) or (args.from_checkpoint and any(args.noise)):
         raise UserError("either --noise RATE is needed, in (0, 1), or --from-checkpoint MODEL")
     outputs = [output_of(args, rate) for rate in (args.noise[:1] if args.vote else args.noise)]
     for output in outputs:
@@ -148,6 +154,8 @@ def main(argv=None) -> int:
     if args.from_checkpoint:
         labels, va = machine_labels(index, args)
         write_files(outputs[0], index, labels, own, va, {"checkpoint": args.from_checkpoint}, args)
+        if va is None:
+            files_beside(outputs[0])[1].unlink(missing_ok=True)  # of the labels that were replaced
         return 0
     if args.vote:
         voted = majority_vote(noisy_sets(own, index.classes, args), len(index.classes))

@@ -481,14 +481,61 @@ def test_photographs_that_were_mended_or_replaced_are_looked_at_again(fake, tmp_
     assert [own[0]["status"] for own in manifest(out).values()] == ["ok", "ok", "no face"]
     assert "2 of 3 photographs are done already" in capsys.readouterr().out
     for name in ("face", "lawn"):
-        age(photograph(photos / f"{name}.png", 150), -9)
+        age(photograph(photos / f"{name}.png", 150), 3600)  # replaced by an older file
         assert align(photos, out) == 0
         assert "2 of 3 photographs are done already" in capsys.readouterr().out
         (row,) = manifest(out)[f"{name}.png"]
         assert row["status"] == "ok" and int(pixels(out / row["output"])[100, 100]) == 150
-        age(photos / f"{name}.png", 3600)
     assert align(photos, out) == 0
     assert "3 of 3 photographs are done already" in capsys.readouterr().out
+
+
+def test_further_faces_of_a_killed_run_are_removed_with_their_photograph(fake, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    fake[(90, 90)] = 3
+    for name in ("a", "b"):
+        photograph(photos / "sad" / f"{name}.png", size=(90, 90))
+    assert align(photos, out, "--face", "all") == 0
+    with open(out / "faces.csv") as file:
+        head, *lines = file.readlines()
+    cut = [",sad/a.png,,,,unfinished\n", *(line for line in lines if "sad/b" in line)]  # as a kill leaves it
+    (out / "faces.csv").write_text("".join([head, *cut]))
+    (photos / "sad" / "a.png").unlink()
+    photograph(out / "sad" / "mine_2.png")
+    assert align(photos, out, "--face", "all") == 0
+    assert crops(out) == ["faces.png", "sad/b.png", "sad/b_2.png", "sad/b_3.png", "sad/mine_2.png"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_detector_that_does_not_start_is_one_line(workers, tmp_path):
+    package = tmp_path / "packages" / "mtcnn.py"
+    package.parent.mkdir()
+    package.write_text("class MTCNN:\n    def __init__(self):\n        raise OSError('weights are damaged')\n")
+    for name in "ab":
+        photograph(tmp_path / "photos" / f"{name}.png")
+    code = f"import sys, align_faces; sys.exit(align_faces.main({[str(tmp_path / 'photos'), '--workers', workers]!r}))"
+    environment = os.environ | {"PYTHONPATH": f"{package.parent}{os.pathsep}{Path(align_faces.__file__).parent}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    error = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "no face detector (weights are damaged)" in error and "Traceback" not in done.stderr
+
+
+def test_names_that_the_manifest_cannot_hold_and_a_file_as_folder_are_refused(fake, tmp_path, capsys):
+    photograph(tmp_path / "photos" / "a.png")
+    (tmp_path / "file").write_text("mine")
+    assert align(tmp_path / "photos", tmp_path / "file") == 2
+    assert "file is no folder" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+    photograph(tmp_path / "photos" / "b\r.png")
+    assert align(tmp_path / "photos", tmp_path / "out") == 2
+    assert "carriage return" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert align(tmp_path / "photos", tmp_path / "out", "--siz", "100") == 2  # no abbreviations
+
+
+def test_what_a_kill_in_the_first_instant_leaves_does_not_block(fake, tmp_path):
+    photograph(tmp_path / "photos" / "a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".faces.json.abcd1234").write_text("{")
+    assert align(tmp_path / "photos", tmp_path / "out") == 0 and crops(tmp_path / "out") == ["a.png", "faces.png"]
 
 
 def test_what_the_detector_raises_is_a_row(fake, tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_ties_go_to_the_first_set(votes, winner):
     assert majority_vote([torch.tensor([vote]) for vote in votes], 7).tolist() == [winner]
 
 
-@pytest.mark.parametrize("rates", [("0.25", "0.5", "0.75"), ("0.5", "0.5")])
+@pytest.mark.parametrize("rates", [("0.25", "0.5", "0.75"), ("0.5", "0.5"), ("0.5", "0", "0.75")])
 def test_a_vote_is_the_majority_of_the_label_sets_that_jointgan_has(rates, raf, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     flags = ["--data", "raf", "--root", str(raf), "--seed", "3", "--noise", *rates]
@@ -124,6 +124,20 @@ def test_a_vote_is_the_majority_of_the_label_sets_that_jointgan_has(rates, raf, 
     assert read_labels(file, Index(own.names, own.labels.tolist(), own.classes)).tolist() == expected
     assert sorted(path.name for path in tmp_path.glob("vote*")) == [file, file.replace(".csv", ".json")]
     assert any(label != first for label, first in zip(expected, sets[0].tolist())) == (len(rates) > 2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--noise", "0.5", "--device", "cpu"],
+        ["--noise", "0.5", "--cache", "elsewhere"],
+        ["--from-checkpoint", "x.pt", "--noise-type", "asymmetric"],
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, tmp_path, capsys):
+    assert inject_noise.main([*flags, "--output", str(tmp_path / "x.csv")]) == 2
+    error = capsys.readouterr().err
+    assert (flags[2] if "--noise" in flags else "--noise-type") in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -165,7 +179,7 @@ def test_the_json_says_what_was_done(kind, write, raf, arguments):
     _, record = write("--noise", "0.5", "--noise-type", kind, "--noise-seed", "3")
     flags = ["--noise", "0.5", "--noise-type", kind, "--noise-seed", "3"]
     _, noisy, clean = load_train_index(arguments("raf", raf, *flags))
-    wanted = {"data": "raf", "rate": 0.5, "type": kind, "seed": 3, "limit": None}
+    wanted = {"data": "raf", "root": str(raf), "rate": 0.5, "type": kind, "seed": 3, "limit": None, "difficulty": 0}
     assert {key: record[key] for key in wanted} == wanted
     assert record["images"] == RAF_TRAIN and record["changed"] == (noisy != clean).sum() == 14
     assert record["columns"] == [entry["class"] for entry in record["classes"]] == list(RAF_CLASSES)
@@ -329,6 +343,9 @@ def test_machine_labels_are_what_the_model_predicts(method, tiny, tmp_path):
     if va is not None:
         torch.testing.assert_close(read_va(va_file, index), va, atol=1e-6, rtol=0)
     assert inject_noise.main([*flags, "--output", str(output)]) == 2  # is there already
+    if va is None:  # that of the labels which are replaced goes with them
+        va_file.write_text("of another model")
+        assert inject_noise.main([*flags, "--output", str(output), "--overwrite"]) == 0 and not va_file.exists()
 
 
 def test_classes_of_another_data_set_are_matched_by_name(tiny, tmp_path, capsys):
