@@ -38,7 +38,6 @@ from support.label_sets import class_va, load_label_sets  # noqa: E402
 from support.runs import Parser, positive_int  # noqa: E402
 
 import common  # noqa: E402
-import jointgan  # noqa: E402
 from common import UserError  # noqa: E402
 
 
@@ -47,11 +46,11 @@ class Trained:
 
     def __init__(self, folder: Path):
         state, _ = load_model(folder / "model.pt", torch.device("cpu"))
-        self.folder, self.method, self.classes = folder, state["method"], state["classes"]
-        if self.method == "jointgan":
-            raise UserError(f"{folder}: a run of jointgan; this figure needs a backbone")
+        self.folder, self.classes = folder, state["classes"]
+        script = importlib.import_module(state["method"])
+        if hasattr(script, "load_networks"):
+            raise UserError(f"{folder}: a run of {state['method']}; this figure needs a backbone")
         self.args = argparse.Namespace(**state["args"] | {"pretrained": "none", "compile": False})
-        script = importlib.import_module(self.method)
         make = getattr(script, "make_networks", None)  # of the peers the first
         count = len(self.classes)
         self.network = make(self.args, count)[0] if make else script.make_network(self.args, count)
@@ -60,13 +59,25 @@ class Trained:
         self.train, self.test = datasets.load_data(self.args)
 
     def head(self) -> nn.Linear:
-        return self.network.positive if self.method == "ncctfer" else self.network.head
+        return getattr(self.network, "positive", None) or self.network.head  # of two heads the positive one
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> (N, width), float32."""
         parts = common.Images(images, self.args.size, torch.device("cpu"))
         with torch.no_grad():
             return torch.cat([self.network.backbone(x) for x in parts])
+
+
+def labels_of(folder: Path, train) -> dict[str, dict[str, str]]:
+    """name -> row of a run's labels.csv, in its order. UserError where these are not the images of the run's data."""
+    try:
+        with open(folder / "labels.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, csv.Error):
+        raise UserError(f"{folder}: no labels.csv of a finished run") from None
+    if odd := sorted(set(rows) ^ set(train.names)):
+        raise UserError(f"{folder}: its labels.csv and its data set have not the same images ({odd[0]})")
+    return rows
 
 
 def weights_figure(folders: list[Path], columns: int):
@@ -77,21 +88,22 @@ def weights_figure(folders: list[Path], columns: int):
     """
     runs = [Trained(folder) for folder in folders]
     for run in runs:
-        if run.method != "scn":
-            raise UserError(f"{run.folder}: a run of {run.method}; these are weights of scn.py")
+        if not hasattr(run.network, "attention"):
+            raise UserError(f"{run.folder}: no run of scn.py; its network has no weights of samples")
     last = runs[-1].train
     if last.clean is None or any(run.train.names != last.names for run in runs):
         raise UserError("the runs must be on the same training images, the last with injected noise")
     rows = (last.labels != last.clean).nonzero().flatten()[:columns].tolist()
+    if not rows:
+        raise UserError(f"{runs[-1].folder}: none of its labels is wrong")
     captions, colours = [], []
     for run in runs:
-        with open(run.folder / "labels.csv", newline="", encoding="utf-8") as file:
-            final = {line["name"]: line["final"] for line in csv.DictReader(file)}
+        final = labels_of(run.folder, run.train)
         features = run.features(last.images[rows])
         with torch.no_grad():
             alpha = run.network.attention(features).sigmoid()[:, 0]
         for i, a in zip(rows, alpha):
-            label = final[last.names[i]]
+            label = final[last.names[i]]["final"]
             captions.append(f"{label}\n{a:.2f}")
             colours.append("black" if label == last.classes[last.clean[i]] else "tab:red")
     title = (
@@ -99,7 +111,7 @@ def weights_figure(folders: list[Path], columns: int):
         + ", ".join(run.folder.name for run in runs)
         + " (red: the label is wrong)"
     )
-    return faces(last.images[rows * len(runs)], captions, colours, title, columns)
+    return faces(last.images[rows * len(runs)], captions, colours, title, len(rows))
 
 
 def grad_cam(network: nn.Module, head: nn.Linear, x: Tensor, smallest: int = 6) -> tuple[Tensor, Tensor]:
@@ -158,7 +170,7 @@ def gradcam_figure(folders: list[Path], columns: int):
         + ", ".join(run.folder.name for run in runs)
         + " (green correct, red wrong)"
     )
-    return faces(torch.cat(shown), captions, colours, title, columns)
+    return faces(torch.cat(shown), captions, colours, title, len(rows))
 
 
 def tsne_figure(folder: Path):
@@ -243,10 +255,12 @@ def votes_figure(folder: Path, count: int = 50, columns: int = 10):
 def points_of(folder: Path, tag: str, needed: bool = True) -> list[tuple[int, float]]:
     """(epoch, value) of a scalar of a run; none, if it is not needed, where the run has not logged it."""
     try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
+        *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")  # a kill may have cut the last one
+        lines = [json.loads(line) for line in lines]
+        epochs = [line["epoch"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder}: no metrics.jsonl of a run") from None
-    points = [(line["epoch"], line[tag]) for line in lines if tag in line]
+    points = [(epoch, line[tag]) for epoch, line in zip(epochs, lines) if tag in line]
     if needed and not points:
         there = ", ".join(sorted(lines[-1]) if lines else ["no lines"])
         raise UserError(f"{folder}: no {tag} in metrics.jsonl; there are {there}")
@@ -273,8 +287,7 @@ def overview_figure(run: Path, baseline: Path, columns: int = 4, rows: int = 2):
     if train.clean is None:
         raise UserError(f"{run}: a run without injected noise; nobody knows which of its labels are wrong")
     places = {name: i for i, name in enumerate(train.names)}
-    with open(run / "labels.csv", newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))[: columns * rows]
+    lines = list(labels_of(run, train).values())[: columns * rows]
     figure = new_figure(11, 3.6, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(5, 6))
     left.suptitle("Most suspicious labels (green: wrong indeed)", fontsize=11)
@@ -302,10 +315,11 @@ class Maker:
 
     def __init__(self, folder: Path):
         state, _ = load_model(folder / "model.pt", torch.device("cpu"))
-        if state["method"] != "jointgan":
+        self.script = importlib.import_module(state["method"])
+        if not hasattr(self.script, "load_networks"):
             raise UserError(f"{folder}: a run of {state['method']}; only jointgan.py generates faces")
         self.args, self.classes = argparse.Namespace(**state["args"] | {"compile": False}), state["classes"]
-        _, self.decoder, _ = jointgan.load_networks(
+        _, self.decoder, _ = self.script.load_networks(
             state["networks"], self.args, len(self.classes), torch.device("cpu")
         )
         if self.decoder is None:
@@ -319,7 +333,7 @@ class Maker:
         return torch.eye(len(self.classes))[self.classes.index(name)]
 
     def latent(self, count: int) -> Tensor:
-        return torch.randn(count, jointgan.LATENT, generator=common.generator_of("faces", self.args.seed))
+        return torch.randn(count, self.script.LATENT, generator=common.generator_of("faces", self.args.seed))
 
     def faces(self, y0: Tensor, labels: Tensor, va: Tensor | None) -> Tensor:
         return generate_faces(self.decoder, y0, labels, va, self.sets, self.args)
@@ -349,10 +363,19 @@ def between_figure(folder: Path, first: str, second: str, columns: int = 9, rows
     return faces(generated, captions, ["black"] * len(generated), f"{folder.name}: from {first} to {second}", columns)
 
 
+class Command(argparse.ArgumentParser):
+    """A subcommand; its errors are one line, too."""
+
+    error = Parser.error
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+
 @reports_errors
 def main(argv=None) -> int:
     parser = Parser(__file__, __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
     for name, count, help_ in (
         ("weights", 3, "SCN, Fig. 3"),
         ("gradcam", "+", "NCCTFER, Fig. 8"),
@@ -383,6 +406,8 @@ def main(argv=None) -> int:
     between.add_argument("first", help="the class on the left")
     between.add_argument("second", help="the class on the right")
     args = parser.parse_args(argv)
+    if args.out.suffix not in ("", ".png") or not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: a file name that ends in .png, in a folder that is there")
     if args.command == "plane":
         figure = plane_figure(args.run, args.label)
     elif args.command == "between":
@@ -399,7 +424,7 @@ def main(argv=None) -> int:
         figure = gradcam_figure(args.runs, args.columns)
     else:
         figure = tsne_figure(args.runs[0])
-    figure.savefig(args.out, format="png", dpi=110)
+    common.write_atomically(args.out, lambda path: figure.savefig(path, format="png", dpi=110))
     print(f"{args.out} written")
     return 0
 

@@ -755,17 +755,22 @@ def main(argv=None) -> int:
     if options.write:
         write_docs()
         return 0
+
+    def write(record: dict) -> None:
+        text = json.dumps(record, indent=1) + "\n"
+        common.write_atomically(f"{options.out}.json", lambda path: path.write_text(text))
+
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         record = {"machine": machine(bench.device), "rate": bench.rate, "quick": options.quick, "sections": {}}
         record |= {"rounds": options.rounds, "steps": options.steps}
         for section in options.only:
             began, rows = time.perf_counter(), record["sections"].setdefault(section, [])
+            write(record)  # an error in hours of measuring loses nothing, and no record of before passes for this one
             try:
                 for row in getattr(bench, section)():
                     rows.append(row)
-                    text = json.dumps(record, indent=1) + "\n"  # an error in hours of measuring loses nothing
-                    common.write_atomically(f"{options.out}.json", lambda path: path.write_text(text))
+                    write(record)
                     of = [str(row[key]) for key in ("method", "command", "size", "batch", "images") if key in row]
                     print(f"{section}, {' '.join(of)}: after {time.perf_counter() - began:.0f} s", flush=True)
             except torch.OutOfMemoryError:

@@ -1,11 +1,13 @@
+import argparse
 import csv
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from support import runs
+from support import inference, runs
 from support.face_backbones import DlibResNet
 
 import numpy as np
@@ -250,15 +252,93 @@ def test_figures_are_drawn_from_runs(tiny, tmp_path, capsys):
     for command, words in (
         (["tsne", str(tmp_path / "odd")], "not a model.pt of a finished run"),
         (["plane", str(tmp_path / "odd")], "not a model.pt of a finished run"),
-        (["weights", clean, noisy, other], "of ncctfer"),
+        (["weights", clean, noisy, other], "no run of scn.py"),
         (["weights", cured, noisy, clean], "injected noise"),
         (["gradcam", str(tmp_path)], "model.pt"),
         (["gradcam", run(jointgan, "gan")], "of jointgan"),
         (["overview", clean, noisy], "without injected noise"),
+        (["gradcam", other, "--columns", "0"], "--columns"),
+        (["between", other, "happiness"], "required"),
+        (["weights", clean, noisy, cured, "--col", "3"], "--col"),  # no abbreviations
+        (["gradcam", other, "--out", str(tmp_path / "x.pdf")], "x.pdf: a file name that ends in .png"),
+        (["gradcam", other, "--out", str(tmp_path / "none" / "x.png")], "a folder that is there"),
     ):
         capsys.readouterr()
-        assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
-        assert words in capsys.readouterr().err and not (tmp_path / "none.png").exists()
+        assert figures.main([command[0], "--out", str(tmp_path / "none.png"), *command[1:]]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not (tmp_path / "none.png").exists()
+    labels = (Path(cured) / "labels.csv").read_text()
+    for text in (labels.replace("train_00001", "train_99999"), labels.splitlines()[0], ""):
+        (Path(cured) / "labels.csv").write_text(text)
+        for command in (["weights", clean, noisy, cured], ["overview", cured, noisy]):
+            assert figures.main([*command, "--out", str(tmp_path / "none.png")]) == 2
+            assert "labels.csv" in capsys.readouterr().err
+
+
+def test_a_row_of_faces_is_that_of_one_run(tiny, tmp_path):
+    assert scn.main([*tiny, "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    run = tmp_path / "run"
+    train = figures.Trained(run).train
+    wrong = int((train.labels != train.clean).sum())
+    for figure, faces in (
+        (figures.weights_figure([run] * 3, 14), 14),
+        (figures.weights_figure([run] * 3, 99), wrong),
+        (figures.gradcam_figure([run, run], 99), 16),
+    ):
+        assert figure.get_size_inches()[0] == pytest.approx(1.35 * faces)
+
+
+def test_runs_of_renamed_scripts_are_drawn(tiny, tmp_path, monkeypatch):
+    root = Path(scn.__file__).parent
+    monkeypatch.setattr(inference, "restore_of", lambda method, path: sys.modules[method].restore)
+    for name, other in (("mine_scn", "scn"), ("mine_heads", "ncctfer"), ("mine_gan", "jointgan")):
+        spec = importlib.util.spec_from_file_location(name, root / f"{other}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        flags = ["--width", "0.02", "--va-noise", "0.1"] if other == "jointgan" else []
+        assert module.main([*tiny, *flags, "--epochs", "1", "--out", str(tmp_path), "--name", name]) == 0
+        path = tmp_path / name / "model.pt"
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"method": name}, path)
+    one, two, gan = (tmp_path / name for name in ("mine_scn", "mine_heads", "mine_gan"))
+    assert figures.weights_figure([one] * 3, 3) and figures.gradcam_figure([one, two], 3)
+    assert figures.between_figure(gan, "happiness", "anger") and figures.plane_figure(gan, "neutral")
+    with pytest.raises(figures.UserError, match="a run of mine_gan; this figure needs a backbone"):
+        figures.gradcam_figure([gan], 3)
+
+
+def test_scalars_are_read_from_whole_lines_alone(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"epoch": 1, "a": 2.0}\n{"epoch": 2, "a": 3.0}\n{"epoch": 3, "a')
+    assert figures.points_of(tmp_path, "a") == [(1, 2.0), (2, 3.0)]
+    for text in ("[1, 2]\n", '{"a": 1}\n', "{\n", "3\n"):
+        file.write_text(text)
+        with pytest.raises(figures.UserError, match="no metrics.jsonl of a run"):
+            figures.points_of(tmp_path, "a")
+
+
+def test_rows_seeds_and_suites_that_are_not_there_are_refused(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(compare.SUITES, "other", {"title": "Other", "flags": "", "seeds": (3,), "rows": []})
+    for flags, words in (
+        (["large", *suite[1:]], "large: no suite; there are small, other"),
+        ([*suite, "--seeds", "99"], "--seeds 99"),
+        (["other", *suite[1:], "--rows", "scn"], "--rows scn"),
+    ):
+        assert compare.main(flags) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not list((tmp_path / "docs").iterdir())
+
+
+def test_the_root_goes_to_suites_of_files_alone(suite, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(scn, "main", lambda argv: seen.append(argv) or 1)
+    for flags in ("--data toy", "--data ferplus"):
+        monkeypatch.setitem(compare.SUITES["small"], "flags", flags)
+        with pytest.raises(SystemExit):
+            compare.run_one("small", compare.SUITES["small"]["rows"][1], 1, argparse.Namespace(
+                out=str(tmp_path), cache="cache", root="here"))
+    assert ["--root" in argv for argv in seen] == [False, True]
 
 
 def test_rank_correlation_and_entropy_by_hand():

@@ -236,6 +236,13 @@ def test_an_error_loses_nothing_that_was_measured(tmp_path, monkeypatch, capsys)
     assert len(json.loads((tmp_path / "here.json").read_text())["sections"]["batches"]) == len(first) == 1
 
 
+def test_a_section_without_rows_leaves_no_record_of_before(tmp_path, capsys):
+    (tmp_path / "here.json").write_text("of before")
+    flags = [*SMALL, "--only", "batches", "--batch-sizes", "2", "--out", str(tmp_path / "here")]
+    assert throughput.main(flags) == 0
+    assert json.loads((tmp_path / "here.json").read_text())["sections"] == {"batches": []}
+
+
 def test_a_method_whose_step_takes_too_long_is_left_out(bench, capsys):
     bench.options.methods, bench.options.longest = ["scn"], 0
     assert list(bench.methods()) == [] and "scn.py, 32 px" in capsys.readouterr().out
