@@ -529,6 +529,7 @@ def test_names_that_the_manifest_cannot_hold_and_a_file_as_folder_are_refused(fa
     assert align(tmp_path / "photos", tmp_path / "out") == 2
     assert "carriage return" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert align(tmp_path / "photos", tmp_path / "out", "--siz", "100") == 2  # no abbreviations
+    assert "--siz" in capsys.readouterr().err
 
 
 def test_what_a_kill_in_the_first_instant_leaves_does_not_block(fake, tmp_path):
