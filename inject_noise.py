@@ -57,10 +57,6 @@ def parse_args(argv=None):
         parser.error("--vote: the majority of several label sets, it needs several rates of --noise")
     if not args.vote and len({f"{rate:g}" for rate in args.noise}) < len(args.noise):
         parser.error("--noise: the same rate twice, to six digits; each rate gives one file")
-    if not args.from_checkpoint and (args.device, args.cache) != ("auto", "cache"):
-        parser.error("--device and --cache are for --from-checkpoint")
-    if args.from_checkpoint and args.noise_type != "symmetric":
-        parser.error("--noise-type is for --noise")
     if args.output and (Path(args.output).suffix not in (".csv", ".txt") or not Path(args.output).parent.is_dir()):
         parser.error(f"--output {args.output}: a file name that ends in .csv or .txt, in a folder that is there")
     return args

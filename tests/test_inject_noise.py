@@ -129,20 +129,6 @@ def test_a_vote_is_the_majority_of_the_label_sets_that_jointgan_has(rates, raf, 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--noise", "0.5", "--device", "cpu"],
-        ["--noise", "0.5", "--cache", "elsewhere"],
-        ["--from-checkpoint", "x.pt", "--noise-type", "asymmetric"],
-    ],
-)
-def test_flags_that_would_do_nothing_are_refused(flags, tmp_path, capsys):
-    assert inject_noise.main([*flags, "--output", str(tmp_path / "x.csv")]) == 2
-    error = capsys.readouterr().err
-    assert (flags[2] if "--noise" in flags else "--noise-type") in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
         ["--noise", "0", "0.5"],
         ["--noise", "0.5", "0.5"],
         ["--noise", "0.1234567", "0.1234568"],
