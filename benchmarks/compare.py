@@ -152,7 +152,7 @@ SUITES["ferplus-30"] = {
     "title": "FERPlus, 48 px, from scratch, all images, 30 % symmetric noise",
     "flags": "--data ferplus --noise 0.3",
     "seeds": (1,),
-    "rows": [*METHODS, TWOSTAGE_CLEAN],
+    "rows": [*METHODS, TWOSTAGE_BASELINE, TWOSTAGE_CLEAN],
 }
 CONTROLS = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),
