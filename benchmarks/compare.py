@@ -55,11 +55,11 @@ ONE, TWO = (
 )
 COCURING, SCN, NCCTFER = Row("Co-curing", "cocuring", "", 2), Row("SCN", "scn", "", 1), Row("NCCTFER", "ncctfer", "", 2)
 NCCTFER_BATCH = Row("NCCTFER, selected by the batch", "ncctfer", "--select-by batch", 2, drawn=False)
-NCCTFER_BASELINE = Row("NCCTFER without its two parts", "ncctfer", "--no-threshold --no-negative", 1)
+NCCTFER_BASELINE = Row("NCCTFER, its recipe alone", "ncctfer", "--no-threshold --no-negative", 1)
 TWOSTAGE = Row("two-stage cycle", "twostage", "", 2)
 COCURING_KEPT = Row("Co-curing, no relabelling", "cocuring", "--no-relabel", 2, drawn=False)
 SCN_KEPT = Row("SCN, no relabelling", "scn", "--no-relabel", 1, drawn=False)
-SCN_BASELINE = Row("SCN without its three parts", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
+SCN_BASELINE = Row("SCN, its recipe alone", "scn", "--no-weights --no-rank --no-relabel", 1, drawn=False)
 TWOSTAGE_BASELINE = Row("two-stage cycle, its recipe alone", "twostage", "--no-detect --no-semi", 1)
 PER_CLASS = "--mixture class --floor one"
 TWOSTAGE_CLEAN = Row("recipe of the cycle, clean labels", "twostage", "--noise 0 --no-detect --no-semi", 1, False)
@@ -111,7 +111,7 @@ SUITES = {
         "rows": [ONE, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE, TWOSTAGE_PER_CLASS],
     },
     "ferplus": {
-        "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed: provisional)",
+        "title": "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise (one seed)",
         "flags": "--data ferplus --limit 10000 --noise 0.4",
         "seeds": (1,),
         "rows": [ONE, TWO, COCURING, SCN, NCCTFER, NCCTFER_BATCH, NCCTFER_BASELINE, TWOSTAGE, *TWOSTAGE_PARTS],
@@ -258,7 +258,7 @@ accuracy is that of the last epoch, except in columns that say last5. CCC (conco
 mean of valence and arousal. With one seed a difference of one point may be chance. All runs were made on CPUs, many
 beside other work: equal work took up to five times as long, so minutes are no measure of speed. RAF-DB, AffectNet and
 CIFAR-10 were not run: we have no copies. A recipe is what a script trains with besides its method: learning rates,
-augmentation, epochs, averaging. Differences in the text are computed before rounding. Commands, seeds and machines:
+augmentation, epochs, averaging; "its recipe alone" is that without the parts of the method. Differences in the text are computed before rounding. Commands, seeds and machines:
 [records.md](records.md).
 `python benchmarks/compare.py` writes this page."""
 RECORDS_HEAD = """# Records
@@ -274,12 +274,12 @@ PAGES = [
     (
         "Toy faces, 48 px, from scratch",
         {"toy": "40 %:", "toy-60": "60 %:", "toy-asymmetric": "40 % asymmetric:"},
-        """- Compare each method with its own recipe without its parts. At 40 % SCN gains 15.6 points, Co-curing 11.3,
+        """- Compare each method with its recipe alone. At 40 % SCN gains 15.6 points, Co-curing 11.3,
   NCCTFER 0.5.
 - At 60 % Co-curing loses rare classes with two of three seeds: its mean class accuracy is 56.4, that of one network
   68.0.
 - SCN relabels too few wrong labels. Relabelling the whole batch, as the published code does, is 4 points better.
-- NCCTFER selects and tests by an averaged network; its recipe without its two parts is tested by one too. In last5
+- NCCTFER selects and tests by an averaged network; its recipe alone is tested by one too. In last5
   the two are equal at 60 %, and NCCTFER is 1.7 points behind under asymmetric noise. In mean class accuracy it is 1.9
   (40 %), 4.2 (60 %) and 2.2 (asymmetric) ahead. Most of what the selection gives, averaging gives too
   ([measured](ncctfer.md#toy-faces)). The rows "by the batch" test the network itself, as in the paper. Its negative
@@ -295,12 +295,12 @@ PAGES = [
         "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise",
         {"ferplus": ""},
         """- Co-curing gains nothing over two networks, SCN nothing over one network: with random crops these memorise little in 30
-  epochs. SCN's own recipe without its parts was not run.
-- NCCTFER is 0.8 points below one network, and as much below its own recipe without its parts (both tested by an
+  epochs. SCN's recipe alone was not run.
+- NCCTFER is 0.8 points below one network, and as much below its recipe alone (both tested by an
   averaged network); in mean class accuracy it is 5.5 above the one and 1.2 above the other. With the thresholds of the
   batch it fails: they need a mostly correct network, and this one is correct on two thirds of the faces
   ([more](ncctfer.md#ferplus-from-scratch)).
-- The cycle gains 2.8 points over its recipe without detection, and 3.6 over one network. One mixture for all
+- The cycle gains 2.8 points over its recipe alone, and 3.6 over one network. One mixture for all
   classes without the floor has about the same accuracy, and a lower one on the rare classes
   ([why](twostage.md#which-labels-to-keep)).""",
     ),
@@ -309,7 +309,7 @@ PAGES = [
         {"ferplus-dlib": ""},
         """- One network has its best accuracy in epoch 8 to 10, and falls then. The two-stage cycle is 7.1 points ahead
   of it in last5, Co-curing 6.3.
-- Over its own recipe without its parts Co-curing gains 4.7 points in last5, the cycle 0.9. SCN's 0.8 are within the
+- Over its recipe alone Co-curing gains 4.7 points in last5, the cycle 0.9. SCN's 0.8 are within the
   spread. NCCTFER loses 1.6 (1.9, 1.3 and 1.6 with the seeds): an averaged network is tested in both rows, and its
   selection lets the wrong labels of rare classes pass ([measured](ncctfer.md#what-was-tried)). NCCTFER and the cycle
   gain 2.7 each in mean class accuracy. Over one network NCCTFER gains 4.0 in last5.
@@ -339,7 +339,7 @@ PAGES = [
 - At 40 % one network is best in epoch 9 (81.2), and ends at 79.5. Two networks do not get worse: they are best in the
   last epoch. In last5 the cycle is 2.9 points ahead of one network, Co-curing 0.6 ahead of two. SCN is 0.5 below one
   network, NCCTFER 0.8. With 25,000 images there is less memorising to prevent than with 10,000.
-  The cycle's and NCCTFER's recipes without their parts were not run on all images.
+  The cycle's and NCCTFER's recipes alone were not run on all images.
 - In mean class accuracy NCCTFER is 3.2 points ahead of one network at 20 % and 6.4 at 40 %, the cycle 3.1 and 5.7.
   Co-curing is 1.2 and 1.0 points below two networks, SCN 1.6 and 0.4 below one. In the last epoch at 40 % NCCTFER
   recognises 38 % of disgust and 13 % of contempt, the cycle 25 % of disgust; the others recognise none of both.""",
