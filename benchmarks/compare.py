@@ -258,8 +258,8 @@ accuracy is that of the last epoch, except in columns that say last5. CCC (conco
 mean of valence and arousal. With one seed a difference of one point may be chance. All runs were made on CPUs, many
 beside other work: equal work took up to five times as long, so minutes are no measure of speed. RAF-DB, AffectNet and
 CIFAR-10 were not run: we have no copies. A recipe is what a script trains with besides its method: learning rates,
-augmentation, epochs, averaging; "its recipe alone" is that without the parts of the method. Differences in the text are computed before rounding. Commands, seeds and machines:
-[records.md](records.md).
+augmentation, epochs, averaging; "its recipe alone" is that without the parts of the method. Differences in the text are
+computed before rounding. Commands, seeds and machines: [records.md](records.md).
 `python benchmarks/compare.py` writes this page."""
 RECORDS_HEAD = """# Records
 
@@ -294,8 +294,8 @@ PAGES = [
     (
         "FERPlus, 48 px, from scratch, 10,000 images, 40 % symmetric noise",
         {"ferplus": ""},
-        """- Co-curing gains nothing over two networks, SCN nothing over one network: with random crops these memorise little in 30
-  epochs. SCN's recipe alone was not run.
+        """- Co-curing gains nothing over two networks, SCN nothing over one network: with random crops these memorise
+  little in 30 epochs. SCN's recipe alone was not run.
 - NCCTFER is 0.8 points below one network, and as much below its recipe alone (both tested by an
   averaged network); in mean class accuracy it is 5.5 above the one and 1.2 above the other. With the thresholds of the
   batch it fails: they need a mostly correct network, and this one is correct on two thirds of the faces
@@ -319,13 +319,14 @@ PAGES = [
   classes. With seed 3 28 of the labels of disgust are correct and 128 of those of fear; Co-curing replaces 20 and 73 of
   them, SCN 25 and 118. Without relabelling they have 52.1 and 48.8. In last5 Co-curing has 0.3, 0.6 and 0.3 points
   more then with the three seeds; SCN 0.3, by one seed of three
-  ([Co-curing](cocuring.md#real-faces-with-a-pretrained-backbone), [SCN](scn.md#real-faces-with-a-pretrained-backbone)).""",
+  ([Co-curing](cocuring.md#real-faces-with-a-pretrained-backbone),
+  [SCN](scn.md#real-faces-with-a-pretrained-backbone)).""",
     ),
     (
         "FERPlus, dlib's face recognition network, all images",
         {"ferplus-dlib-all-0": "0 %:", "ferplus-dlib-all-20": "20 %:", "ferplus-dlib-all-40": "40 %:"},
-        """- Without injected noise no method gains one point in last5: NCCTFER is 0.3 points above one network, SCN equal to
-  it, the cycle 0.4 below; Co-curing is 0.7 above two networks. In `best` each method is below its baseline. In mean
+        """- Without injected noise no method gains one point in last5: NCCTFER is 0.3 points above one network, SCN
+  equal to it, the cycle 0.4 below; Co-curing is 0.7 above two networks. In `best` each method is below its baseline. In mean
   class accuracy SCN is 3.3 points below one network, Co-curing 1.9 below two.
 - NCCTFER is tested by its average. Tested by the network itself (commit 19354ed) it had 1.1, 0.5 and 0.4 points less in
   last5 at 0, 20 and 40 %.
