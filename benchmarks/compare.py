@@ -326,8 +326,8 @@ PAGES = [
         "FERPlus, dlib's face recognition network, all images",
         {"ferplus-dlib-all-0": "0 %:", "ferplus-dlib-all-20": "20 %:", "ferplus-dlib-all-40": "40 %:"},
         """- Without injected noise no method gains one point in last5: NCCTFER is 0.3 points above one network, SCN
-  equal to it, the cycle 0.4 below; Co-curing is 0.7 above two networks. In `best` each method is below its baseline. In mean
-  class accuracy SCN is 3.3 points below one network, Co-curing 1.9 below two.
+  equal to it, the cycle 0.4 below; Co-curing is 0.7 above two networks. In `best` each method is below its baseline.
+  In mean class accuracy SCN is 3.3 points below one network, Co-curing 1.9 below two.
 - NCCTFER is tested by its average. Tested by the network itself (commit 19354ed) it had 1.1, 0.5 and 0.4 points less in
   last5 at 0, 20 and 40 %.
 - In the last epoch Co-curing has replaced 1,490 of the 25,045 labels, SCN 2,286. The cycle keeps 83 % of the labels. It
