@@ -266,24 +266,20 @@ class Division:
 
 
 def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
-    """Stage 1 of a cycle, from predictions on the training set. All labels are kept before the first cycle.
+    """Stage 1 of a cycle, from predictions on the training set.
 
-    probs: (N, C), of unaugmented images in evaluation mode. given: int64 (N,). cycle: 1 is the first one after the
-    warm-up.
+    probs: (N, C), of unaugmented images in evaluation mode; one-hot of the given labels: all labels are kept. given:
+    int64 (N,). cycle: 1 is the first one after the warm-up.
     """
-    classes, cycling = probs.shape[1], cycle >= 1
+    classes = probs.shape[1]
     losses = detection_losses(probs, given, args.detect_by)
-    clean = torch.ones_like(losses)
-    if not (args.detect and cycling):
-        labelled = torch.ones_like(given, dtype=torch.bool)
-    else:
-        clean = clean_probability(losses, given if args.mixture == "class" else None)
-        labelled = labelled_set(clean, losses, given, args.clean_above, args.floor)
+    clean = clean_probability(losses, given if args.mixture == "class" else None)
+    labelled = labelled_set(clean, losses, given, args.clean_above, args.floor)
     scale = args.margin_scale / (1 + math.exp(-max(cycle, 0)))  # Ada-CM: grows with the cycles
     margins = class_margins(probs[labelled], given[labelled], classes, scale)
     counts = torch.bincount(given[labelled], minlength=classes)
     rates = rebalanced_rates(counts, args.alpha) if args.rebalance == "rates" else torch.ones_like(margins)
-    log_shares = (counts.clamp(min=1) / counts.sum()).log() if args.rebalance == "logits" and cycling else None
+    log_shares = (counts.clamp(min=1) / counts.sum()).log() if args.rebalance == "logits" and cycle >= 1 else None
     admitted = torch.zeros_like(labelled)
     admitted[~labelled] = admitted_set(probs[~labelled], rates)
     return Division(losses, clean, labelled, admitted, margins, rates, log_shares)
@@ -384,7 +380,11 @@ def main(argv=None) -> int:
 
         parts = dict(network=network, averaged=averaged, optimizer=optimizer, scheduler=scheduler)
         for epoch in run.epochs(train, test, **parts):
-            division = divide(predict(averaged.module, images, args), given, epoch - args.warm_up, args)
+            if args.detect and epoch > args.warm_up:
+                probs = predict(averaged.module, images, args)
+            else:  # as if they agreed with the labels: all are kept
+                probs = F.one_hot(given, len(train.classes)).float()
+            division = divide(probs, given, epoch - args.warm_up, args)
             balance = torch.where(division.labelled, given, -1) if args.oversample else None
             batches = loader.epoch(epoch, balance, strong=args.semi and epoch > args.warm_up)
             scalars = division_scalars(division, given, clean) | {"lr": scheduler.get_last_lr()[0]}

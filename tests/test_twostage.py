@@ -11,6 +11,7 @@ from support.networks import Averaged
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Tiny, check_resume, lines
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
@@ -422,8 +423,11 @@ def test_both_stages_are_the_plain_ones(flags, fixed):
     for epoch in range(1, args.epochs + 1):
         probs = twostage.predict(averaged.module, [images[:50], images[50:]], args)
         torch.testing.assert_close(probs, predicted(average, images), rtol=1e-4, atol=1e-5)
+        found = predicted(average, images)
+        if not (args.detect and epoch > args.warm_up):
+            probs = found = F.one_hot(labels, CLASSES).float()
         division = twostage.divide(probs, given, epoch - args.warm_up, args)
-        expected = plain_division(predicted(average, images), labels, epoch - args.warm_up, args)
+        expected = plain_division(found, labels, epoch - args.warm_up, args)
         same_division(division, expected)
         scalars = twostage.division_scalars(division, given, clean)
         same_scalars(scalars, plain_division_scalars(expected, labels, clean, division.clean))
@@ -455,18 +459,18 @@ def test_margins_grow_with_the_cycles():
 
 
 def test_logits_are_moved_in_cycles_alone():
-    probs, labels = [[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.7, 0.3, 0.0], [0.3, 0.7, 0.0]], [0, 0, 0, 1]
+    probs, labels = [[1.0, 0.0, 0.0]] * 3 + [[0.0, 1.0, 0.0]], [0, 0, 0, 1]
     for cycle in (-1, 0):
         assert divided(probs, labels, cycle, "--rebalance", "logits").log_shares is None
-    moved = divided(probs, labels, 1, "--rebalance", "logits", "--no-detect").log_shares
+    moved = divided(probs, labels, 1, "--rebalance", "logits").log_shares
     assert moved.exp().tolist() == pytest.approx([0.75, 0.25, 0.25])  # a class without labels counts as one label
     for other in ("rates", "none"):
         assert divided(probs, labels, 1, "--rebalance", other).log_shares is None
 
 
 def test_a_class_that_nobody_is_labelled_costs_no_other_its_rate():
-    probs, labels = [[0.9, 0.1, 0.0]] * 8 + [[0.1, 0.9, 0.0]], [0] * 8 + [1]
-    assert divided(probs, labels, 1, "--no-detect").rates.tolist() == pytest.approx([0.5, 1, 1])
+    probs, labels = [[1.0, 0.0, 0.0]] * 8 + [[0.0, 1.0, 0.0]], [0] * 8 + [1]
+    assert divided(probs, labels, 1).rates.tolist() == pytest.approx([0.5, 1, 1])
 
 
 def test_predictions_are_the_softmax_in_evaluation_mode(fixed):
@@ -669,6 +673,21 @@ def test_ablations_are_told_apart(tiny, undrawn, tmp_path):
     assert all(line["weight/rate/neutral"] == 1 for line in none + logits) and whole[1]["weight/rate/happiness"] < 1
     assert logits[1]["loss/labelled"] != none[1]["loss/labelled"]
     assert one[1]["labelled/share"] != whole[1]["labelled/share"]
+
+
+@pytest.mark.parametrize("flags, times", [(["--warm-up", "2"], 2), (["--warm-up", "0", "--no-detect"], 1)])
+def test_the_training_set_is_predicted_by_cycles_that_detect_and_at_the_end(
+    flags, times, tiny, undrawn, tmp_path, monkeypatch
+):
+    sizes, predict = [], twostage.predict
+
+    def counted(*arguments):
+        sizes.append(len(predict(*arguments)))
+        return predict(*arguments)
+
+    monkeypatch.setattr(twostage, "predict", counted)
+    run(tiny, tmp_path, "--epochs", "3", *flags)
+    assert sorted(sizes) == [toyfaces.SPLITS["test"]] * 3 + [toyfaces.SPLITS["train"]] * times
 
 
 def test_the_averaged_network_is_what_is_kept(tiny, undrawn, tmp_path):
