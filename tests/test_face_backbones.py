@@ -419,6 +419,9 @@ def test_a_run_needs_the_file_at_its_start_alone(method, dat, tiny, tmp_path, mo
     model = tmp_path / "runs" / "run" / "model.pt"
     assert common.load_checkpoint(model)["args"]["size"] == 104
     assert script.main(["--evaluate", str(model), *place]) == 0
+    Image.new("RGB", (104, 104), "grey").save(tmp_path / "face.png")
+    assert script.main(["--predict", str(model), str(tmp_path / "face.png"), *place]) == 0
+    assert len((tmp_path / "runs" / "run-predictions" / "predictions.csv").read_text().splitlines()) == 2
 
 
 def test_an_interrupted_run_goes_on(dat, tiny, tmp_path, monkeypatch):
