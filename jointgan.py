@@ -84,9 +84,14 @@ def parse_args(argv=None):
         parser.error("--no-joint --no-marginal leaves no score: --lambda 0 is training without the GAN")
     if args.size and (args.size & (args.size - 1) or args.size < 32):
         parser.error(f"--size {args.size}: the decoder doubles from 4 pixels, it needs a power of two from 32 on")
+    if not args.lam and not (args.joint and args.marginal and args.decoder):
+        parser.error("--lambda 0 is training without the GAN, and --no-joint, --no-marginal and --no-decoder leave out "
+                     "parts of it")
     if args.va_labels and (args.va_noise or not args.va):
         parser.error("--va-labels brings its own noise and is there to be used: neither --va-noise nor --no-va goes "
                      "with it")
+    if args.va_noise and not args.va:
+        parser.error("--no-va trains without valence and arousal, --va-noise is noise on them: give one of them")
     if not (args.va or args.expression):
         parser.error("--no-va --no-expression leaves nothing to learn")
     return args
