@@ -72,6 +72,7 @@ AFFECTNET_CLASSES = ("neutral", "happiness", "sadness", "surprise", "fear", "dis
 AFFECTNET_BOX = ("face_x", "face_y", "face_width", "face_height")
 AFFECTNET_HEADER = ["subDirectory_filePath", *AFFECTNET_BOX, "facial_landmarks", "expression", "valence", "arousal"]
 ALIGNED_SAMPLE = 20  # AffectNet: images that are looked at to tell whether all are cropped already
+OWN_VALID = ("toy", "ferplus")  # with a validation split of their own; else it is a tenth of the training set
 ORIGIN = {
     "raf": "RAF-DB comes from its authors, www.whdeng.cn/RAF/model1.html",
     "ferplus": "the images come from FER2013 (Kaggle), the votes from github.com/microsoft/FERPlus",
@@ -446,7 +447,7 @@ def read_index(args, split: str) -> Index:
         index = read_toy(args.difficulty, split)
     elif args.data == "ferplus":
         index = read_ferplus(root, split)
-    else:  # no validation split of its own: a fixed stratified tenth of the training set
+    else:  # not of OWN_VALID: the validation split is a fixed stratified tenth of the training set
         read = {
             "raf": read_raf,
             "affectnet": read_affectnet,

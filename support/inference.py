@@ -5,12 +5,13 @@ import csv
 import functools
 import importlib
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from support import figures
-from support.datasets import read_index
+from support.datasets import OWN_VALID, read_index
 from support.decoding import IMAGE_SUFFIXES, decode, decode_all, images_below
 from support.metrics import accuracy_scalars, confusion_matrix
 from support.runs import PRECISIONS, SIZES, is_unfinished
@@ -121,10 +122,19 @@ def make_empty(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def was_trained_on(trained: dict, args) -> bool:
+    """Whether a run with the arguments `trained` saw the validation images of --data."""
+    same = trained.get("data") == args.data and (args.data != "folder" or trained.get("root") == args.root)
+    return same and trained.get("split") != "valid"
+
+
 def evaluate_checkpoint(args, state: dict, predictor: Callable, folder: Path) -> None:
     """Accuracy, mean class accuracy, a table per class and the confusion matrix on the evaluated split of --data."""
     args.size, known = state["args"]["size"], state["classes"]
     index = read_index(args, args.split)
+    if args.split == "valid" and args.data not in OWN_VALID and was_trained_on(state["args"], args):
+        print(f"warning: the validation split of {args.data} is a tenth of the training set, and the model was trained "
+              "on it: its run had no --split valid", file=sys.stderr)
     if unknown := [name for name in index.classes if name not in known]:
         hint = "; --classes 7 drops contempt" if unknown == ["contempt"] else ""
         raise UserError(f"the model knows the classes {', '.join(known)}, --data {args.data} has "

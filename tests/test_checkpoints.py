@@ -15,7 +15,7 @@ from support.metrics import audit_scores
 import numpy as np
 import pytest
 import torch
-from conftest import Tiny, build_ferplus, build_folder, build_raf, lines, picture, save
+from conftest import Tiny, build_ferplus, build_folder, build_folder_splits, build_raf, lines, picture, save
 from PIL import Image
 
 import cocuring
@@ -143,6 +143,28 @@ def test_the_validation_split_has_a_folder_of_its_own(scn_model, tmp_path):
     data = ["--data", "raf", "--root", str(build_raf(tmp_path / "raf")), "--split", "valid"]
     assert scn.main(["--evaluate", str(scn_model), *data, *place(tmp_path)]) == 0
     assert json.loads((tmp_path / "out" / "scn-on-raf-valid" / "evaluation.json").read_text())["images"] == 2
+
+
+def test_a_model_is_tested_on_validation_images_that_it_was_trained_on_with_a_warning(tmp_path, capsys, monkeypatch):
+    folder, models = build_folder_splits(tmp_path / "faces", count=20), {}
+    monkeypatch.setitem(common.BACKBONES, "resnet18", Tiny)
+    data = ["--data", "folder", "--root", str(folder), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path)]
+    small = ["--epochs", "1", "--size", "32", "--batch-size", "8", "--device", "cpu"]
+    for split in ("test", "valid"):
+        assert scn.main([*data, *small, "--split", split, "--name", split]) == 0
+        models[split] = str(tmp_path / split / "model.pt")
+    copy = build_folder_splits(tmp_path / "others", count=20)
+    of_others = [*data[:3], str(copy), *data[4:]]
+    for model, evaluated, where, warned in (
+        ("test", "valid", data, True),
+        ("valid", "valid", data, False),
+        ("test", "test", data, False),
+        ("test", "valid", of_others, False),
+    ):
+        capsys.readouterr()
+        flags = ["--evaluate", models[model], "--split", evaluated, "--overwrite"]
+        assert scn.main([*flags, *where, "--name", "evaluation"]) == 0
+        assert ("trained on it" in capsys.readouterr().err) == warned
 
 
 def read_predictions(folder):
