@@ -22,7 +22,7 @@ from support.augmentation import augment
 from support.datasets import load_data
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
-from support.networks import Classifier, parameter_groups, to_device
+from support.networks import Classifier, parameter_groups, spread_inputs, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import torch
@@ -205,7 +205,7 @@ def main(argv=None) -> int:
         loader = common.Loader(images, args.batch_size, args.seed, view)
         given = train.labels.to(device)
         current = given.clone()
-        networks = make_networks(args, len(train.classes), next(iter(images)))
+        networks = make_networks(args, len(train.classes), spread_inputs(images))
         for network in networks:
             to_device(network, device, args)
         optimizer, scheduler = make_optimizer(networks, args)

@@ -25,7 +25,7 @@ from support.augmentation import augment, rand_augment
 from support.datasets import load_data
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
-from support.networks import Averaged, Head, parameter_groups, to_device
+from support.networks import Averaged, Head, parameter_groups, spread_inputs, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import torch
@@ -186,7 +186,8 @@ def train_one_epoch(
 
     batches: ((weak, strong), index), see README.md; strong may be None in epochs that do not use it. given: int64 (N,),
     the labels to train on. clean: int64 (N,) or None, for reporting only. averaged: a moving average of the network,
-    updated each step, or None. chosen: bool (N,), the confident samples of the epoch; None: those of each batch.
+    updated each step, or None. chosen: bool (N,), the confident samples of the epoch (--select-by average, see main);
+    None: those of each batch, whatever --select-by says.
     """
     network.train()
     device, means = given.device, common.Means()
@@ -262,7 +263,7 @@ def main(argv=None) -> int:
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)
         loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
-        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        network = to_device(make_network(args, len(train.classes), spread_inputs(images)), device, args)
         optimizer, scheduler = make_optimizer(network, args)
         parts = dict(network=network, optimizer=optimizer, scheduler=scheduler)
         averaged, chosen, tested = None, None, network

@@ -22,7 +22,7 @@ from support.datasets import load_data
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.metrics import auroc
-from support.networks import Head, parameter_groups, to_device
+from support.networks import Head, parameter_groups, spread_inputs, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import torch
@@ -266,7 +266,7 @@ def main(argv=None) -> int:
         loader = common.Loader(images, args.batch_size, args.seed, view)
         given = train.labels.to(device)
         current = given.clone()
-        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        network = to_device(make_network(args, len(train.classes), spread_inputs(images)), device, args)
         optimizer, scheduler = make_optimizer(network, args)
 
         for epoch in run.epochs(train, test, network=network, optimizer=optimizer, scheduler=scheduler, labels=current):

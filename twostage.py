@@ -25,7 +25,7 @@ from support.datasets import load_data
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.metrics import auroc
-from support.networks import Averaged, Classifier, parameter_groups, to_device
+from support.networks import Averaged, Classifier, parameter_groups, spread_inputs, to_device
 from support.runs import Parser, Run, add_data_args, add_training_args, number, parse_with_presets
 
 import torch
@@ -83,7 +83,11 @@ def parse_args(argv=None):
     add("--operations", type=number(int, 0), default=2, help="strong view: operations of RandAugment (FixMatch)")
     add("--magnitude", type=number(int, 0, 30), default=10, help="strong view: magnitude of RandAugment, of 30 "
         "(FixMatch draws it; ours: as ncctfer.py)")
-    return parse_with_presets(parser, PRESETS, argv)
+    args = parse_with_presets(parser, PRESETS, argv)
+    if args.rebalance == "logits" and args.oversample:
+        parser.error("--rebalance logits makes up for the frequencies of the classes, --oversample makes them equal: "
+                     "give one of them (AffectNet: --no-oversample)")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ def train_one_epoch(
     """
     network.train()
     device, means = given.device, common.Means()
-    semi = args.semi and epoch > args.warm_up
+    semi = args.semi and args.detect and epoch > args.warm_up  # else no sample is without label
     kept = division.labelled.cpu()  # the number of samples without label is known here: no step asks the device
     for (weak, strong), place in batches:
         weak, index = weak.to(device), place.to(device, non_blocking=True)
@@ -374,19 +378,20 @@ def main(argv=None) -> int:
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)
         loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))
-        network = to_device(make_network(args, len(train.classes), next(iter(images))), device, args)
+        network = to_device(make_network(args, len(train.classes), spread_inputs(images)), device, args)
         averaged = Averaged(network, args.ema)
         optimizer, scheduler = make_optimizer(network, args)
 
         parts = dict(network=network, averaged=averaged, optimizer=optimizer, scheduler=scheduler)
         for epoch in run.epochs(train, test, **parts):
-            if args.detect and epoch > args.warm_up:
+            detecting = args.detect and epoch > args.warm_up
+            if detecting:
                 probs = predict(averaged.module, images, args)
             else:  # as if they agreed with the labels: all are kept
                 probs = F.one_hot(given, len(train.classes)).float()
             division = divide(probs, given, epoch - args.warm_up, args)
             balance = torch.where(division.labelled, given, -1) if args.oversample else None
-            batches = loader.epoch(epoch, balance, strong=args.semi and epoch > args.warm_up)
+            batches = loader.epoch(epoch, balance, strong=args.semi and detecting)
             scalars = division_scalars(division, given, clean) | {"lr": scheduler.get_last_lr()[0]}
             scalars |= train_one_epoch(network, averaged, optimizer, batches, given, division, clean, epoch, args)
             scheduler.step()

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from common import Images
+
 
 class Head(nn.Linear):
     """A linear layer in float32 whatever the precision of the backbone: in bf16 many probabilities would be equal."""
@@ -134,6 +136,16 @@ def to_device(network: nn.Module, device: torch.device, args) -> nn.Module:
     if getattr(args, "compile", False):
         network.compile()
     return network
+
+
+def spread_inputs(images: Images, count: int = 512) -> Tensor:
+    """Network inputs (B, 3, H, W) of `count` images (fewer if there are fewer), spread evenly over the split.
+
+    For weights that need the statistics of their data: the first images of a folder are all of one class.
+    """
+    count = min(count, len(images))
+    ((_, _, chosen),) = images.batches(torch.arange(count) * len(images) // count, [slice(None)])
+    return images.to_input(chosen)
 
 
 def parameter_groups(networks: list[nn.Module], args) -> list[dict]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from support import face_backbones
 from support.face_backbones import DlibResNet, MobileFaceNet
+from support.networks import spread_inputs
 
 import numpy as np
 import pytest
@@ -422,6 +423,34 @@ def test_a_run_needs_the_file_at_its_start_alone(method, dat, tiny, tmp_path, mo
     Image.new("RGB", (104, 104), "grey").save(tmp_path / "face.png")
     assert script.main(["--predict", str(model), str(tmp_path / "face.png"), *place]) == 0
     assert len((tmp_path / "runs" / "run-predictions" / "predictions.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("method", ["cocuring", "scn", "ncctfer", "twostage"])
+def test_the_statistics_are_of_images_from_the_whole_training_set(method, dat, tmp_path, monkeypatch, capsys):
+    """A folder is read class by class: here 600 images of black faces, then 600 of white ones."""
+    script, taken = importlib.import_module(method), []
+    for name, value in (("angry", 0), ("happy", 255)):
+        (tmp_path / "faces" / name).mkdir(parents=True)
+        for i in range(600):
+            Image.new("L", (4, 4), value).save(tmp_path / "faces" / name / f"{i}.png")
+
+    def make_backbone(args, inputs):
+        taken.append(inputs)
+        raise UserError("seen")
+
+    monkeypatch.setattr(common, "make_backbone", make_backbone)
+    flags = ["--data", "folder", "--root", str(tmp_path / "faces"), "--pretrained", str(dat), "--size", "104"]
+    assert script.main([*flags, "--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]) == 2
+    assert capsys.readouterr().err.strip().endswith("seen")
+    bright = taken[0].mean((1, 2, 3)) > 0
+    assert taken[0].shape == (512, 3, 104, 104) and bright.sum() == 256
+
+
+def test_the_inputs_of_a_small_set_are_all_of_its_images():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 8)
+    images = common.Images(images, 8, torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    torch.testing.assert_close(spread_inputs(images), next(iter(images)))
+    assert (spread_inputs(images, 2)[:, 0, 0, 0] * 255).tolist() == pytest.approx([0, 2])
 
 
 def test_an_interrupted_run_goes_on(dat, tiny, tmp_path, monkeypatch):

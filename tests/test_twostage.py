@@ -431,7 +431,7 @@ def test_both_stages_are_the_plain_ones(flags, fixed):
         same_division(division, expected)
         scalars = twostage.division_scalars(division, given, clean)
         same_scalars(scalars, plain_division_scalars(expected, labels, clean, division.clean))
-        semi = args.semi and epoch > args.warm_up
+        semi = args.semi and args.detect and epoch > args.warm_up
         seen = batches if semi else [((weak, None), index) for (weak, _), index in batches]
         scalars = twostage.train_one_epoch(network, averaged, optimizer, seen, given, division, clean, epoch, args)
         same_scalars(scalars, plain_epoch(plain, adam, seen, labels, expected, clean, semi, args, after_step))
@@ -540,7 +540,8 @@ def audit_of(folder):
     [
         ["--warm-up", "1", "--epochs", "4", "--decay", "0.5", "--mixture", "class"],
         ["--warm-up", "0", "--oversample"],
-        ["--warm-up", "2", "--epochs", "4", "--rebalance", "logits", "--oversample"],
+        ["--warm-up", "2", "--epochs", "4", "--rebalance", "logits"],
+        ["--warm-up", "1", "--no-detect"],
         ["--warm-up", "1", "--floor", "one", "--no-semi", "--seed", "3"],
         ["--warm-up", "3", "--epochs", "8", "--head-lr", "0.3", "--margin-scale", "1"],
     ],
@@ -560,7 +561,9 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
     assert len(epochs) == len(history) == args.epochs
     assert (given != clean).float().mean() == pytest.approx(0.4, abs=0.03)
     for epoch, (batches, line) in enumerate(zip(epochs, history), 1):
-        division = plain_division(predicted(average, faces), given, epoch - args.warm_up, args)
+        detecting = args.detect and epoch > args.warm_up
+        probs = predicted(average, faces) if detecting else F.one_hot(given, CLASSES)
+        division = plain_division(probs, given, epoch - args.warm_up, args)
         kept, drawn = torch.tensor(division.labelled), torch.cat([index for _, index in batches])
         times = torch.bincount(drawn, minlength=len(given))
         if args.oversample:
@@ -569,7 +572,7 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
             assert (times[~kept] == 1).all()
         else:
             assert (times == 1).all()
-        semi = args.semi and epoch > args.warm_up
+        semi = args.semi and detecting
         assert {len(index) for _, index in batches} == {args.batch_size}
         assert all((strong is None) == (not semi) for (_, strong), _ in batches)  # not made in vain
         expected = plain_division_scalars(division, given, clean, torch.tensor(division.clean).float())
@@ -582,7 +585,7 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
         for group in adam.param_groups:
             group["lr"] *= args.decay
         assert line["accuracy/test"] == (predicted(average, test).argmax(1) == test_labels).double().mean()
-    assert history[-1]["labelled/share"] < 1 and not torch.equal(epochs[0][0][1], epochs[1][0][1])
+    assert (history[-1]["labelled/share"] < 1) == args.detect and not torch.equal(epochs[0][0][1], epochs[1][0][1])
     if args.margin_scale == 1:  # a network that is sure: margins depend on the number of cycles, pseudo-labels are used
         assert max(division.margins) > 0.8 and any(line["loss/pseudo"] > 0.01 for line in history)
     same_weights(average, torch.load(folder / "model.pt", weights_only=True)["networks"][0])
@@ -718,6 +721,8 @@ def test_batches_of_two_and_three_run(size, tiny, undrawn, tmp_path):
         (["--ema", "1"], "ema"),
         (["--clean-above", "1"], "clean-above"),
         (["--rebalance", "some"], "rebalance"),
+        (["--rebalance", "logits", "--oversample"], "give one of them"),
+        (["--rebalance", "logits", "--data", "affectnet"], "--no-oversample"),
         (["--mixture", "some"], "mixture"),
         (["--floor", "some"], "floor"),
         (["--detect-by", "some"], "detect-by"),
