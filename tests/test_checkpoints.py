@@ -167,6 +167,11 @@ def test_a_model_is_tested_on_validation_images_that_it_was_trained_on_with_a_wa
         assert ("trained on it" in capsys.readouterr().err) == warned
 
 
+def test_toy_has_validation_images_of_its_own(scn_model, tmp_path, tiny, capsys):
+    assert scn.main(["--evaluate", str(scn_model), "--split", "valid", *place(tmp_path)]) == 0
+    assert "trained on it" not in capsys.readouterr().err
+
+
 def read_predictions(folder):
     with open(folder / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
