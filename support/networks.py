@@ -143,7 +143,7 @@ def spread_inputs(images: Images, count: int = 512) -> Tensor:
 
     For weights that need the statistics of their data: the first images of a folder are all of one class.
     """
-    count = min(count, len(images))
+    count = max(1, min(count, len(images), 2**25 // images.size**2))  # fewer than 512 from 257 px on, as Images
     ((_, _, chosen),) = images.batches(torch.arange(count) * len(images) // count, [slice(None)])
     return images.to_input(chosen)
 

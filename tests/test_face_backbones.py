@@ -451,6 +451,8 @@ def test_the_inputs_of_a_small_set_are_all_of_its_images():
     images = common.Images(images, 8, torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
     torch.testing.assert_close(spread_inputs(images), next(iter(images)))
     assert (spread_inputs(images, 2)[:, 0, 0, 0] * 255).tolist() == pytest.approx([0, 2])
+    images.size = 2**12
+    assert spread_inputs(images).shape == (2, 3, 8, 8)  # no more pixels than Images hands out at once
 
 
 def test_an_interrupted_run_goes_on(dat, tiny, tmp_path, monkeypatch):
