@@ -18,7 +18,7 @@ import sys
 from functools import partial
 
 from support import figures
-from support.augmentation import augment, random_affine
+from support.augmentation import augment
 from support.distributed import reports_errors
 from support.inference import use_checkpoint
 from support.label_sets import class_va, load_label_sets
@@ -73,7 +73,7 @@ def parse_args(argv=None):
         "of the squared distance of the logits from their mean (ours)")
     add("--authors-vgg", action="store_true", help="the encoder of the official code: no batch normalisation, two "
         "fully connected layers with dropout, valence and arousal without tanh")
-    add("--width", type=number(float, 0, open_low=True), help="factor on the channels of all networks (1: 64 "
+    add("--width", type=number(float, 0, 16, open_low=True), help="factor on the channels of all networks (1: 64 "
         "to 512, as the official code)")
     add("--crop", type=number(int, 0), help="pad by so many pixels and crop (official code, CIFAR-10: 4)")
     add("--rotate", type=number(float, 0, 180), help="random rotation, +- degrees (official code, faces: 10)")
@@ -412,10 +412,7 @@ def main(argv=None) -> int:
         device = common.find_device(args.device)
         train, test, sets = load_label_sets(args)
         images, test_images = (common.Images(split.images, args.size, device, HALF, HALF) for split in (train, test))
-
-        def view(batch: Tensor, draw) -> Tensor:
-            return random_affine(augment(batch, draw, crop=args.crop), draw, args.rotate, args.shift, args.zoom)
-
+        view = partial(augment, crop=args.crop, rotate=args.rotate, shift=args.shift, zoom=args.zoom)
         loader = common.Loader(images, args.batch_size, args.seed, view)
         labels = [values.to(device) for values in (*sets, *([] if train.va is None else [train.va]))]
         networks = make_networks(args, len(train.classes), len(sets), train.va is not None)

@@ -49,14 +49,18 @@ def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturatio
     return torch.lerp(grey_of(images), images, saturation).clamp(0, 255)
 
 
-def augment(images: Tensor, draw, crop: int = 0, jitter: float = 0.0) -> Tensor:
-    """Flip, pad-and-crop by `crop` pixels and jitter in [1 - jitter, 1 + jitter], each drawn per sample.
+def augment(
+    images: Tensor, draw, crop: int = 0, jitter: float = 0.0, rotate: float = 0.0, shift: float = 0.0, zoom: float = 0.0
+) -> Tensor:
+    """Flip, pad-and-crop by `crop` pixels, `random_affine`, jitter in [1 - jitter, 1 + jitter]; drawn per sample.
 
-    images: uint8 (B, C, H, W). draw: see Loader. Returns uint8, or with jitter float32 in [0, 255].
+    images: uint8 (B, C, H, W). draw: see Loader. Returns uint8; with jitter or `random_affine` float32 in [0, 255].
     """
     images = random_flip(images, draw("flip"))
     if crop:
         images = random_crop(images, draw("crop y"), draw("crop x"), crop)
+    if rotate or shift or zoom:
+        images = random_affine(images, draw, rotate, shift, zoom)
     if jitter:
         factors = (1 + jitter * (2 * draw(name) - 1) for name in ("brightness", "contrast", "saturation"))
         images = color_jitter(images.float(), *factors)
@@ -66,10 +70,8 @@ def augment(images: Tensor, draw, crop: int = 0, jitter: float = 0.0) -> Tensor:
 def random_affine(images: Tensor, draw, degrees: float, shift: float, zoom: float) -> Tensor:
     """Rotate, shift and zoom about the centre, drawn per sample: +- degrees, +- shift (share of the size), 1 +- zoom.
 
-    images: (B, C, H, W) with H = W, bilinear, black outside. Returns float32, or what it got if all three are 0.
+    images: (B, C, H, W) with H = W, bilinear, black outside. Returns float32.
     """
-    if not (degrees or shift or zoom):
-        return images
     angle, x, y, scale = (2 * draw(name) - 1 for name in ("rotation", "shift x", "shift y", "zoom"))
     angle, scale = torch.deg2rad(degrees * angle), 1 + zoom * scale
     cos, sin = angle.cos() / scale, angle.sin() / scale

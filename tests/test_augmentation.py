@@ -210,6 +210,18 @@ def test_random_affine_shifts_turns_and_zooms():
         torch.testing.assert_close(moved(rotation=1.0, zoom=zoom), moved(zoom=zoom).rot90(k, (2, 3)), atol=0.1, rtol=0)
 
 
+def test_augment_turns_shifts_and_zooms_as_asked():
+    x = images(6, 3, 16, 16)
+    draw = draws(slice(0, 6), 6)
+    plain = augment(x, draw)
+    for rotate, shift, zoom in ((20, 0, 0), (0, 0.2, 0), (0, 0, 0.3), (20, 0.2, 0.3)):
+        got = augment(x, draw, rotate=rotate, shift=shift, zoom=zoom)
+        assert torch.equal(got, random_affine(plain, draw, rotate, shift, zoom)) and got.dtype == torch.float32
+        assert not torch.equal(got, plain.float())
+    both = augment(x, draw, jitter=0.2, zoom=0.3)
+    assert not any(torch.equal(both, augment(x, draw, **one)) for one in (dict(jitter=0.2), dict(zoom=0.3)))
+
+
 def test_random_affine_draws_for_each_sample():
     x = images(1, 1, 16, 16).expand(6, -1, -1, -1)
     whole = random_affine(x, draws(slice(0, 6), 6), 10, 0.1, 0.1)
