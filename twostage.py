@@ -39,11 +39,10 @@ import common
 # learning rates and augmentation are those of ncctfer.py (docs/twostage.md).
 ADAM = dict(lr=1e-3, head_lr=1e-3, decay=0.95)
 PRESETS = {
-    "scratch": ADAM | dict(size=100, epochs=30, batch_size=64, warm_up=15, ema=0.995, rotate=10.0, zoom=0.1),
+    "scratch": ADAM | dict(size=100, epochs=30, batch_size=128, warm_up=15, ema=0.99),
     "scratch ferplus": dict(size=48),
-    "scratch toy": dict(size=48, epochs=13, warm_up=3, ema=0.98, rotate=0.0, zoom=0.0),
-    "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999,
-                       rotate=0.0, zoom=0.0),
+    "scratch toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
+    "pretrained": dict(size=224, epochs=40, batch_size=128, lr=1e-4, head_lr=1e-3, decay=1.0, warm_up=4, ema=0.999),
     "pretrained toy": dict(size=48, epochs=13, batch_size=64, warm_up=3, ema=0.98),
     "pretrained dlib": dict(epochs=12, batch_size=128, lr=1e-4, head_lr=1e-3, decay=0.95, warm_up=3, ema=0.99),
 }
@@ -81,8 +80,6 @@ def parse_args(argv=None):
         "as ncctfer.py)")
     add("--crop", type=number(int, 0), default=4, help="weak view: pad by so many pixels and crop (FixMatch shifts by "
         "an eighth; ours: as ncctfer.py)")
-    add("--rotate", type=number(float, 0, 180), help="weak view: random rotation, +- degrees (ours)")
-    add("--zoom", type=number(float, 0, 1, open_high=True), help="weak view: random zoom, 1 +- this (ours)")
     add("--operations", type=number(int, 0), default=2, help="strong view: operations of RandAugment (FixMatch)")
     add("--magnitude", type=number(int, 0, 30), default=10, help="strong view: magnitude of RandAugment, of 30 "
         "(FixMatch draws it; ours: as ncctfer.py)")
@@ -377,7 +374,7 @@ def main(argv=None) -> int:
         device = common.find_device(args.device)
         train, test = load_data(args)
         images, test_images = (common.Images(split.images, args.size, device) for split in (train, test))
-        weak = partial(augment, crop=args.crop, rotate=args.rotate, zoom=args.zoom)
+        weak = partial(augment, crop=args.crop)
         strong = partial(rand_augment, layers=args.operations, magnitude=args.magnitude)
         loader = common.Loader(images, args.batch_size, args.seed, weak, strong)
         given, clean = (None if labels is None else labels.to(device) for labels in (train.labels, train.clean))

@@ -617,9 +617,6 @@ def test_the_views_are_what_the_flags_say(record):
     weak, strong, plain = views("--crop", "0", "--operations", "0")
     mirrored = equal(weak, plain.flip(-1))
     assert (equal(weak, plain) | mirrored).all() and 0.3 < mirrored.float().mean() < 0.7 and torch.equal(weak, strong)
-    for flags in (("--rotate", "30"), ("--zoom", "0.5")):
-        weak, strong, plain = views("--crop", "0", "--operations", "0", *flags)
-        assert (equal(weak, plain) | equal(weak, plain.flip(-1))).float().mean() < 0.2 and torch.equal(weak, strong)
     weak, strong, plain = views("--operations", "1", "--magnitude", "0")
     assert (equal(weak, plain) | equal(weak, plain.flip(-1))).float().mean() < 0.2  # one crop of 25
     same, inverted = equal(weak, strong), equal(weak, 255 - strong)
