@@ -781,6 +781,8 @@ def test_a_stopped_run_ends_as_if_it_was_not(tiny, tmp_path, monkeypatch):
         (["--no-va", "--no-expression"], "nothing to learn"),
         (["--lambda", "-1"], "outside"),
         (["--d-steps", "0"], "outside"),
+        (["--width", "17"], "outside"),
+        (["--width", "0"], "outside"),
     ],
 )
 def test_bad_values_are_refused(arguments, words, capsys):
