@@ -54,7 +54,8 @@ def augment(
 ) -> Tensor:
     """Flip, pad-and-crop by `crop` pixels, `random_affine`, jitter in [1 - jitter, 1 + jitter]; drawn per sample.
 
-    images: uint8 (B, C, H, W). draw: see Loader. Returns uint8; with jitter or `random_affine` float32 in [0, 255].
+    images: uint8 (B, C, H, W). draw: see Loader. rotate: degrees; shift, zoom: see `random_affine`. Returns uint8; with
+    jitter or `random_affine` float32 in [0, 255].
     """
     images = random_flip(images, draw("flip"))
     if crop:
