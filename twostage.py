@@ -76,8 +76,10 @@ def parse_args(argv=None):
         "ours from scratch: over about an epoch)")
     add("--no-detect", dest="detect", action="store_false", help="ablation: every label is kept")
     add("--no-semi", dest="semi", action="store_false", help="ablation: the kept labels alone, no loss on the others")
-    add("--decay", type=number(float, 0, 1, open_low=True), help="factor on the learning rates after each epoch (ours: "
-        "as ncctfer.py)")
+    add("--schedule", choices=("exponential", "cosine"), default="exponential", help="learning rates: times --decay "
+        "after each epoch (ours: as ncctfer.py), or cos(7 pi e / 16 E) after e of E epochs (FixMatch)")
+    add("--decay", type=number(float, 0, 1, open_low=True), help="with --schedule exponential: factor on the learning "
+        "rates after each epoch")
     add("--crop", type=number(int, 0), default=4, help="weak view: pad by so many pixels and crop (FixMatch shifts by "
         "an eighth; ours: as ncctfer.py)")
     add("--operations", type=number(int, 0), default=2, help="strong view: operations of RandAugment (FixMatch)")
@@ -250,9 +252,17 @@ def make_network(args, num_classes: int, inputs: Tensor | None = None) -> Classi
     return Classifier(*common.make_backbone(args, inputs), num_classes)
 
 
+def cosine_factor(done: int, epochs: int) -> float:
+    """FixMatch, Sec. 2.3: cos(7 pi k / (16 K)), factor on the learning rates after k = done of K = epochs epochs."""
+    return math.cos(7 * math.pi * done / (16 * epochs))
+
+
 def make_optimizer(network, args):
-    """Adam, learning rates times --decay after each epoch."""
+    """Adam, learning rates by --schedule."""
     optimizer = torch.optim.Adam(parameter_groups([network], args), fused=True)
+    if args.schedule == "cosine":
+        cosine = partial(cosine_factor, epochs=args.epochs)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 

@@ -540,6 +540,7 @@ def audit_of(folder):
     [
         ["--warm-up", "1", "--epochs", "4", "--decay", "0.5", "--mixture", "class"],
         ["--warm-up", "0", "--oversample"],
+        ["--warm-up", "1", "--epochs", "4", "--schedule", "cosine"],
         ["--warm-up", "2", "--epochs", "4", "--rebalance", "logits"],
         ["--warm-up", "1", "--no-detect"],
         ["--warm-up", "1", "--floor", "one", "--no-semi", "--seed", "3"],
@@ -553,6 +554,7 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
     plain.load_state_dict(twostage.make_network(args, CLASSES).state_dict())
     average.load_state_dict(plain.state_dict())
     adam, (test, test_labels) = plain_optimizer(plain, args), toy_inputs("test")
+    rates, factor = [group["lr"] for group in adam.param_groups], 1.0
 
     def after_step():
         steps[0] += 1
@@ -577,13 +579,15 @@ def test_main_hands_the_right_things_to_both_stages(flags, record):
         assert all((strong is None) == (not semi) for (_, strong), _ in batches)  # not made in vain
         expected = plain_division_scalars(division, given, clean, torch.tensor(division.clean).float())
         expected |= plain_epoch(plain, adam, batches, given, division, clean, semi, args, after_step)
-        expected["lr"] = args.lr * args.decay ** (epoch - 1)
+        expected["lr"] = args.lr * factor
         for tag in [tag for tag, values in expected.items() if isinstance(values, list)]:
             values = zip(toyfaces.CLASSES, expected.pop(tag))
             expected |= {f"{tag}/{name}": value for name, value in values if value is not None}
         same_scalars({tag: line[tag] for tag in expected}, expected, rel=1e-3)
-        for group in adam.param_groups:
-            group["lr"] *= args.decay
+        cosine = math.cos(epoch / args.epochs * math.pi * 7 / 16)
+        factor = args.decay**epoch if args.schedule == "exponential" else cosine
+        for group, rate in zip(adam.param_groups, rates):
+            group["lr"] = rate * factor
         assert line["accuracy/test"] == (predicted(average, test).argmax(1) == test_labels).double().mean()
     assert (history[-1]["labelled/share"] < 1) == args.detect and not torch.equal(epochs[0][0][1], epochs[1][0][1])
     if args.margin_scale == 1:  # a network that is sure: margins depend on the number of cycles, pseudo-labels are used
