@@ -253,7 +253,7 @@ def make_network(args, num_classes: int, inputs: Tensor | None = None) -> Classi
 
 
 def cosine_factor(done: int, epochs: int) -> float:
-    """FixMatch, Sec. 2.3: cos(7 pi k / (16 K)), factor on the learning rates after k = done of K = epochs epochs."""
+    """FixMatch: cos(7 pi k / (16 K)), factor on the learning rates after k = done of K = epochs epochs."""
     return math.cos(7 * math.pi * done / (16 * epochs))
 
 
