@@ -67,6 +67,8 @@ TWOSTAGE_COSINE = Row("two-stage cycle, cosine rate", "twostage", COSINE, 2, dra
 TWOSTAGE_COSINE_BASELINE = Row(
     "two-stage cycle, cosine rate, its recipe alone", "twostage", f"{COSINE} {TWOSTAGE_BASELINE.flags}", 1, drawn=False
 )
+GUESS = f"{COSINE} --unconfident guess --consistency-weight 1"
+TWOSTAGE_GUESS = Row("two-stage cycle, cosine rate, guessed labels", "twostage", GUESS, 2, drawn=False)
 TWOSTAGE_CLEAN = Row("recipe of the cycle, clean labels", "twostage", "--noise 0 --no-detect --no-semi", 1, False)
 TWOSTAGE_PER_CLASS = Row("two-stage cycle, a mixture per class", "twostage", PER_CLASS, 2, drawn=False)
 TWOSTAGE_ONE = Row("two-stage cycle, one mixture, no floor", "twostage", "--floor one", 2, drawn=False)
@@ -157,7 +159,7 @@ SUITES["ferplus-30"] = {
     "title": "FERPlus, 48 px, from scratch, all images, 30 % symmetric noise",
     "flags": "--data ferplus --noise 0.3",
     "seeds": (1,),
-    "rows": [*METHODS, TWOSTAGE_BASELINE, TWOSTAGE_COSINE, TWOSTAGE_COSINE_BASELINE, TWOSTAGE_CLEAN],
+    "rows": [*METHODS, TWOSTAGE_BASELINE, TWOSTAGE_COSINE, TWOSTAGE_GUESS, TWOSTAGE_COSINE_BASELINE, TWOSTAGE_CLEAN],
 }
 CONTROLS = [
     Row("VGG (baseline)", "jointgan", "--lambda 0", 1),

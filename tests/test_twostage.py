@@ -29,6 +29,7 @@ from twostage import (
     labelled_loss,
     labelled_set,
     rebalanced_rates,
+    sharpened,
     unlabelled_losses,
 )
 
@@ -188,6 +189,12 @@ def test_unlabelled_losses_by_hand():
     assert l_c.item() == pytest.approx((2 * (p3 - p1) ** 2 + 2 * (p05 - 0.5) ** 2) / 4, abs=1e-6)
     (l_u + l_c).backward()
     assert weak.grad is None and strong.grad.any(1).all()
+    guesses = sharpened(torch.tensor([[0.6, 0.4], [0.75, 0.25], [0.2, 0.8]]))
+    torch.testing.assert_close(guesses, torch.tensor([[9 / 13, 4 / 13], [0.9, 0.1], [1 / 17, 16 / 17]]))
+    guessed = unlabelled_losses(weak, strong, margins, torch.tensor([True, False, True]), 4, guesses)
+    assert guessed[0] == l_u and torch.equal(guessed[2], sure)
+    expected = -(0.9 * math.log(p1) + 0.1 * math.log(1 - p1) + math.log(0.5)) / 4
+    assert guessed[1].item() == pytest.approx(expected, abs=1e-6)
     equal = torch.tensor([[math.log(4.0), 0.0]]).double()  # exactly at the margin: strictly above is asked for
     margins = equal.softmax(1)[0, :1].repeat(2)
     assert unlabelled_losses(equal, equal, margins, torch.tensor([True]), 1)[2].tolist() == [False]
@@ -281,8 +288,16 @@ def plain_division(probs, labels, cycle, args):
     shares = None
     if args.rebalance == "logits" and cycling:
         shares = [math.log(max(counts.get(c, 0), 1) / sum(kept)) for c in range(CLASSES)]
+    guesses = [[q**2 / sum(q**2 for q in row) for q in row] for row in p]
     return SimpleNamespace(
-        losses=losses, clean=clean, labelled=kept, admitted=admitted, margins=margins, rates=rates, log_shares=shares
+        losses=losses,
+        clean=clean,
+        labelled=kept,
+        admitted=admitted,
+        margins=margins,
+        rates=rates,
+        log_shares=shares,
+        guesses=guesses,
     )
 
 
@@ -307,6 +322,8 @@ def plain_epoch(network, optimizer, batches, labels, division, clean, semi, args
                 sure = p_w[c] > division.margins[c] and division.admitted[place[i]]
                 if sure:
                     l_u = l_u - z_s[i].log_softmax(0)[c] / n
+                elif args.unconfident == "guess":
+                    l_c = l_c - (torch.tensor(division.guesses[place[i]]) * z_s[i].log_softmax(0)).sum() / n
                 else:
                     l_c = l_c + (z_s[i].softmax(0) - torch.tensor(p_w)).square().sum() / n
                 pseudo.append((sure, c == clean[place[i]].item()))
@@ -407,6 +424,7 @@ def fixed(monkeypatch):
         ["--no-detect"],
         ["--no-detect", "--floor", "one"],
         ["--alpha", "1", "--pseudo-weight", "0.5", "--consistency-weight", "0.7", "--margin-scale", "0.93"],
+        ["--unconfident", "guess"],
     ],
 )
 def test_both_stages_are_the_plain_ones(flags, fixed):
@@ -540,7 +558,7 @@ def audit_of(folder):
     [
         ["--warm-up", "1", "--epochs", "4", "--decay", "0.5", "--mixture", "class"],
         ["--warm-up", "0", "--oversample"],
-        ["--warm-up", "1", "--epochs", "4", "--schedule", "cosine"],
+        ["--warm-up", "1", "--epochs", "4", "--schedule", "cosine", "--unconfident", "guess"],
         ["--warm-up", "2", "--epochs", "4", "--rebalance", "logits"],
         ["--warm-up", "1", "--no-detect"],
         ["--warm-up", "1", "--floor", "one", "--no-semi", "--seed", "3"],
