@@ -727,8 +727,9 @@ def test_the_averaged_network_is_what_is_kept(tiny, undrawn, tmp_path):
         assert same == (name == "run--ema0")
 
 
-def test_a_stopped_run_ends_as_if_it_was_not(tiny, undrawn, tmp_path, monkeypatch):
-    check_resume(twostage.main, [*tiny, "--warm-up", "1"], tmp_path, monkeypatch)
+@pytest.mark.parametrize("schedule", ["exponential", "cosine"])
+def test_a_stopped_run_ends_as_if_it_was_not(schedule, tiny, undrawn, tmp_path, monkeypatch):
+    check_resume(twostage.main, [*tiny, "--warm-up", "1", "--schedule", schedule], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("size", ["2", "3"])
