@@ -295,7 +295,7 @@ class Division:
     margins: Tensor  # (C,), confidence that a pseudo-label needs
     rates: Tensor  # (C,), admission rates of pseudo-labels
     log_shares: Tensor | None  # (C,), logit adjustment
-    guesses: Tensor | None  # (N, C), targets of unconfident samples
+    guesses: Tensor | None = None  # (N, C), targets of unconfident samples
 
 
 def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
