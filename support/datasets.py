@@ -657,7 +657,9 @@ def read_labels(path, index: Index) -> Tensor:
         # A class may be named by a number; then numbers are names, whatever they count from.
         named = any(name.isdecimal() for name in index.classes) or not re.fullmatch(r"-?\d+", rows[0][2])
         if named:
-            codes, rows = by_name, [(n, name, canonical(text)) for n, name, text in rows]
+            key = key_of(index)
+            own = {key(name) for name in index.names}
+            codes, rows = by_name, [(n, name, canonical(text)) for n, name, text in rows if key(name) in own]
         else:
             rows, base = numbered(rows, path, len(index.classes))
             codes = {base + label: label for label in range(len(index.classes))}

@@ -345,6 +345,16 @@ def test_names_with_the_one_folder_of_all_images_match_plain_ones(tmp_path):
         read_labels(tmp_path / "labels.csv", index)
 
 
+def test_a_line_of_another_image_may_have_a_class_that_is_not_trained(tmp_path):
+    """A list of eight classes is read for seven of them (--classes 7) if it gives none of their images the eighth."""
+    index = Index(["a.jpg", "b.jpg"], [0, 1], ("happiness", "sadness"))
+    (tmp_path / "labels.csv").write_text("name,label\na.jpg,sadness\nother.jpg,contempt\nb.jpg,happiness\n")
+    assert read_labels(tmp_path / "labels.csv", index).tolist() == [1, 0]
+    (tmp_path / "labels.csv").write_text("name,label\na.jpg,contempt\nb.jpg,happiness\n")
+    with pytest.raises(UserError, match="line 2: label 'contempt' is not among the classes"):
+        read_labels(tmp_path / "labels.csv", index)
+
+
 def test_windows_names_of_a_folder(tmp_path):
     index = Index(["happy/a.jpg", "sad/a.jpg"], [0, 1], ("happiness", "sadness"))
     (tmp_path / "labels.csv").write_text("name,label\nhappy\\a.jpg,sadness\nsad\\a.jpg,happiness\n")
