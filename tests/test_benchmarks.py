@@ -154,9 +154,9 @@ def test_suites_of_one_data_set_share_a_table(monkeypatch, tmp_path):
     page = (tmp_path / "results.md").read_text()
     assert "| both | 0.0 | 35.0 | 10.0 | 35.0 |" in page  # the columns of both suites
     assert "| high |  |  | 10.0 | 35.0 |" in page and "What it says." in page
-    assert "20 %: mean class accuracy, last5 |" in page and page.count("mean class accuracy | minutes") == 1
-    assert "| both | 1 | 90.0 | 20.0 | 50.0 | 25.0 | 2 |" in page  # one row does not know the mean of five epochs
-    assert "| rest | 1 | 90.0 | 20.0 | 50.0 | 25.0 | 2 |" in page  # a suite that no page names has its own table
+    assert "20 %: mean class accuracy, last5 |" in page and page.count("| final | mean class accuracy |") == 1
+    assert "| both | 1 | 90.0 | 20.0 | 50.0 | 25.0 |" in page  # one row does not know the mean of five epochs
+    assert "| rest | 1 | 90.0 | 20.0 | 50.0 | 25.0 |" in page  # a suite that no page names has its own table
     assert page.count("\n## ") == 2
 
 
