@@ -232,6 +232,8 @@ def parse_with_presets(parser: Parser, presets: dict, argv) -> argparse.Namespac
         parser.error(f"--out {args.out!r}, --name {args.name!r}: a control character, or not UTF-8")
     args.argv = argv
     args.preset = f"preset {kind}: " + ", ".join(f"{key} {getattr(args, key)}" for key in preset)
+    if changed := [key for key in changed_settings(args, parser) if key not in preset]:
+        args.preset += "; changed: " + ", ".join(f"{key} {getattr(args, key)}" for key in changed)
     return args
 
 
@@ -244,14 +246,19 @@ def check_data_args(args, parser) -> None:
         parser.error("--data toy is drawn, not read: it takes no --root")
 
 
+def changed_settings(args, parser: Parser) -> list[str]:
+    """The keys of the settings that differ from the preset."""
+    skip = ("data", "seed", "device", *NOT_SETTINGS, *(["root"] if args.data != "folder" else []))
+    return [key for key, value in vars(args).items() if key not in skip and value != parser.get_default(key)]
+
+
 def default_name(args, parser: Parser) -> str:
     """`<method>-<data>-n<noise>-<flags that differ from the preset>-s<seed>`, in characters of any file system."""
-    skip = ("data", "noise", "seed", "device", *NOT_SETTINGS, *(["root"] if args.data != "folder" else []))
     changed = []
-    for key, value in vars(args).items():
-        if key in skip or value == parser.get_default(key):
+    for key in changed_settings(args, parser):
+        if key == "noise":
             continue
-        flag = key.replace("_", "-")
+        flag, value = key.replace("_", "-"), getattr(args, key)
         if isinstance(value, bool):
             changed.append(flag if value else f"no-{flag}")
         else:

@@ -182,7 +182,7 @@ def test_presets_refine_one_another_and_flags_win(flags, values, own):
     args = parse_args(flags)
     assert {key: getattr(args, key) for key in values} == values
     assert args.method == "mini" and args.argv == flags
-    shown = args.preset.split(": ")[1].split(", ")  # the line at start
+    shown = re.split("[:;,] ", args.preset)  # the line at start
     assert {f"{key} {values[key]}" for key in ("size", "epochs", "lr") if key in values} <= set(shown)
 
 
@@ -208,8 +208,16 @@ def test_help_and_the_line_at_start_show_the_values_in_force(method, flags):
         value, flag = getattr(args, key), {"lam": "--lambda"}.get(key, f"--{key.replace('_', '-')}")
         assert f"(default: {value})" in shown[flag]
         assert f"{key} {value}" in args.preset
+    assert ("changed" in args.preset) == ("--pretrained" in flags)
     assert f"(default: data/{data})" in shown["--root"]
     assert ("(default: on)" in shown["--oversample"]) == (data == "affectnet")
+
+
+def test_the_line_at_start_shows_other_flags_too():
+    flags = "--noise 0.3 --alpha 0.5 --lr 0.02 --seed 3 --no-semi".split()
+    args = importlib.import_module("twostage").parse_args(flags)
+    assert "lr 0.02" in args.preset.split(";")[0]
+    assert args.preset.split("; ")[1] == "changed: noise 0.3, alpha 0.5, semi False"
 
 
 def test_flags_are_not_abbreviated(capsys):
