@@ -158,11 +158,18 @@ def value(arguments: list[str], flag: str, default: str) -> str:
 
 
 def runnable() -> list[tuple[Path, list[str]]]:
-    """Every command that trains, predicts or injects noise, once, in the order of the pages."""
-    found = [(line, *words_of(line)) for _, line in COMMANDS if line.startswith("python")]
+    """The commands that train, predict or inject noise; of those that differ in numbers alone the first.
+
+    Those of records.md have been run: each has its record.
+    """
+    found = [(line, *words_of(line)) for page, line in COMMANDS if line.startswith("python") and page != "records.md"]
     found = [(script, arguments) for _, script, arguments in found if script.parent == ROOT]
     found = [command for command in found if command[0].stem in (*METHODS, "inject_noise")]
-    return [command for k, command in enumerate(found) if command not in found[:k]]
+    kinds = {}
+    for script, arguments in found:
+        kind = script, *(re.sub(r"^[\d.]+(e-\d+)?$", "number", argument) for argument in arguments)
+        kinds.setdefault(kind, (script, arguments))
+    return list(kinds.values())
 
 
 def test_the_commands_run(stand_ins, capsys, monkeypatch):
