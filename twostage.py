@@ -70,19 +70,14 @@ def parse_args(argv=None):
     add("--alpha", type=number(float, 0), default=1 / 3, help="exponent of the admission rates (CReST: 1/3)")
     add("--pseudo-weight", type=number(float, 0), default=1.0, help="weight of the cross-entropy on pseudo-labels "
         "(Ada-CM)")
-    add("--unconfident", choices=("consistency", "guess"), default="consistency", help="loss of unconfident samples: "
-        "squared difference of the two views (ours), or cross-entropy with the sharpened prediction of stage 1 "
-        "(DivideMix's label guessing)")
-    add("--consistency-weight", type=number(float, 0), default=0.1, help="weight of that loss (Ada-CM, for one of its "
-        "own)")
+    add("--consistency-weight", type=number(float, 0), default=0.1, help="weight of the consistency of unconfident "
+        "samples (Ada-CM, for another such loss)")
     add("--ema", type=number(float, 0, 1, open_high=True), help="decay of the averaged network, a step (Ada-CM: 0.999; "
         "ours from scratch: over about an epoch)")
     add("--no-detect", dest="detect", action="store_false", help="ablation: every label is kept")
     add("--no-semi", dest="semi", action="store_false", help="ablation: the kept labels alone, no loss on the others")
-    add("--schedule", choices=("exponential", "cosine"), default="exponential", help="learning rates: times --decay "
-        "after each epoch (ours: as ncctfer.py), or cos(7 pi e / 16 E) after e of E epochs (FixMatch)")
-    add("--decay", type=number(float, 0, 1, open_low=True), help="with --schedule exponential: factor on the learning "
-        "rates after each epoch")
+    add("--decay", type=number(float, 0, 1, open_low=True), help="factor on the learning rates after each epoch (ours: "
+        "as ncctfer.py)")
     add("--crop", type=number(int, 0), default=4, help="weak view: pad by so many pixels and crop (FixMatch shifts by "
         "an eighth; ours: as ncctfer.py)")
     add("--operations", type=number(int, 0), default=2, help="strong view: operations of RandAugment (FixMatch)")
@@ -215,12 +210,6 @@ def admitted_set(probs: Tensor, rates: Tensor) -> Tensor:
     return admitted
 
 
-def sharpened(probs: Tensor, temperature: float = 0.5) -> Tensor:
-    """DivideMix, Sec. 3.2 (MixMatch): p^(1/T) / sum_k p_k^(1/T), T = 0.5. probs: (N, C), softmax outputs."""
-    powers = probs ** (1 / temperature)
-    return powers / powers.sum(1, keepdim=True)
-
-
 def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: Tensor | None = None) -> Tensor:
     """FixMatch's supervised loss: cross-entropy, sum over the labelled samples divided by the batch size N (ours).
 
@@ -231,31 +220,22 @@ def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, log_shares: 
 
 
 def unlabelled_losses(
-    weak_logits: Tensor,
-    strong_logits: Tensor,
-    margins: Tensor,
-    admitted: Tensor,
-    batch: int,
-    guesses: Tensor | None = None,
+    weak_logits: Tensor, strong_logits: Tensor, margins: Tensor, admitted: Tensor, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 2 without labels (FixMatch with Ada-CM's margins): pseudo-labels where confident, another loss elsewhere.
+    """Stage 2 without labels (FixMatch with Ada-CM's margins): pseudo-labels where confident, consistency elsewhere.
 
     l_u = 1/N sum over confident and admitted samples of - log p_s[argmax p_w]; l_c = 1/N sum over the others of
-    |p_s - p_w|^2, or with guesses g of - sum_k g_k log p_s[k].
+    |p_s - p_w|^2.
 
     weak_logits, strong_logits: (U, C), of the unlabelled samples; the weak view is a target without gradient. margins:
     (C,), of the pseudo-label's class. admitted: bool (U,). batch: the batch size N that both sums are divided by.
-    guesses: (U, C), probabilities, see `sharpened`. Returns l_u, l_c and bool (U,): what has a pseudo-label.
+    Returns l_u, l_c and bool (U,): what has a pseudo-label.
     """
     p_w = weak_logits.detach().softmax(1)
     top, pseudo = p_w.max(1)
     sure = (top > margins[pseudo]) & admitted
     l_u = (F.cross_entropy(strong_logits, pseudo, reduction="none") * sure).sum() / batch
-    if guesses is None:
-        elsewhere = (strong_logits.softmax(1) - p_w).square().sum(1)
-    else:
-        elsewhere = F.cross_entropy(strong_logits, guesses, reduction="none")
-    l_c = (elsewhere * ~sure).sum() / batch
+    l_c = ((strong_logits.softmax(1) - p_w).square().sum(1) * ~sure).sum() / batch
     return l_u, l_c, sure
 
 
@@ -270,17 +250,9 @@ def make_network(args, num_classes: int, inputs: Tensor | None = None) -> Classi
     return Classifier(*common.make_backbone(args, inputs), num_classes)
 
 
-def cosine_factor(done: int, epochs: int) -> float:
-    """FixMatch: cos(7 pi k / (16 K)), factor on the learning rates after k = done of K = epochs epochs."""
-    return math.cos(7 * math.pi * done / (16 * epochs))
-
-
 def make_optimizer(network, args):
-    """Adam, learning rates by --schedule."""
+    """Adam, learning rates times --decay after each epoch."""
     optimizer = torch.optim.Adam(parameter_groups([network], args), fused=True)
-    if args.schedule == "cosine":
-        cosine = partial(cosine_factor, epochs=args.epochs)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.decay)
 
 
@@ -295,7 +267,6 @@ class Division:
     margins: Tensor  # (C,), confidence that a pseudo-label needs
     rates: Tensor  # (C,), admission rates of pseudo-labels
     log_shares: Tensor | None  # (C,), logit adjustment
-    guesses: Tensor | None = None  # (N, C), targets of unconfident samples
 
 
 def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
@@ -315,8 +286,7 @@ def divide(probs: Tensor, given: Tensor, cycle: int, args) -> Division:
     log_shares = (counts.clamp(min=1) / counts.sum()).log() if args.rebalance == "logits" and cycle >= 1 else None
     admitted = torch.zeros_like(labelled)
     admitted[~labelled] = admitted_set(probs[~labelled], rates)
-    guesses = sharpened(probs) if args.unconfident == "guess" else None
-    return Division(losses, clean, labelled, admitted, margins, rates, log_shares, guesses)
+    return Division(losses, clean, labelled, admitted, margins, rates, log_shares)
 
 
 def division_scalars(division: Division, given: Tensor, clean: Tensor | None) -> dict:
@@ -358,10 +328,7 @@ def train_one_epoch(
         l_u = l_c = torch.zeros_like(l_x)
         if semi:
             admitted = division.admitted[index][rest]
-            guesses = None if division.guesses is None else division.guesses[index][rest]
-            l_u, l_c, sure = unlabelled_losses(
-                logits[rest], strong_logits, division.margins, admitted, len(y), guesses
-            )
+            l_u, l_c, sure = unlabelled_losses(logits[rest], strong_logits, division.margins, admitted, len(y))
         loss = l_x + args.pseudo_weight * l_u + args.consistency_weight * l_c
         optimizer.zero_grad()
         loss.backward()

@@ -22,9 +22,6 @@ def load_label_sets(args) -> tuple[Split, Split, list[Tensor]]:
     own, index = train.labels, Index(train.names, train.labels.tolist(), train.classes)
     if args.labels:
         sets = [read_labels(path, index) for path in args.labels]
-        for path, labels in zip(args.labels, sets):
-            if len(labels.unique()) < 2:
-                raise UserError(f"--data {args.data}: fewer than two classes in {path}")
     else:
         sets = noisy_sets(own, train.classes, args)
     for t, labels in enumerate(sets, 1):

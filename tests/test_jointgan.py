@@ -435,14 +435,6 @@ def test_label_sets_have_their_rates_and_seeds(few_toys, tmp_path):
     assert single.va is None
 
 
-def test_a_label_set_of_one_class_is_refused(few_toys, tmp_path):
-    train, _, _ = load_sets(tmp_path)
-    for name, labels in (("own", train.labels), ("one", torch.full_like(train.labels, 3))):
-        write_labels(tmp_path / f"{name}.csv", train.names, labels, train.classes)
-    with pytest.raises(common.UserError, match="fewer than two classes in .*one.csv"):
-        load_sets(tmp_path, "--labels", str(tmp_path / "own.csv"), str(tmp_path / "one.csv"))
-
-
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_each_label_set_has_the_noise_of_inject_noise(kind, few_toys, tmp_path):
     """The noise of set t has the seed --noise-seed + t; the first set is what the other methods are given."""
